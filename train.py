@@ -1,0 +1,369 @@
+"""Trains the student: pictures in, sequences of at most 8 symbols out, no labels (paper, section 3).
+
+    python train.py                                  # embedded pictures, 2 CPU cores, a few minutes
+    python train.py --disc softmax --tau 0.12        # the discretizer and temperature of Figure 1
+    python train.py --preset paper --data cifar10    # the paper's sizes; wants a GPU and a network
+
+One step, for B pictures in V augmented views:
+
+    z_t = E_T(x)          p_t = P_T(z_t[CLS])                   the frozen teacher
+    s   = D_S(z_t)        p_s^(n) = P_S(E_S(s[:n]))             n = 1, 2, 4, 8 symbols
+    L   = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j)) + exploration terms
+
+Writes OUT/config.json, OUT/metrics.jsonl (a line per epoch), OUT/ckpt.pt, and at the end the
+evaluation (OUT/results.json) and the figures (OUT/figure1.png, OUT/curves.png).
+"""
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import discretize
+import evaluate
+import losses
+import model
+import visualize
+
+# What a preset changes in the flags' defaults. `small` is the defaults themselves.
+PRESETS = {
+    "small": {},
+    "paper": dict(data="cifar10", train_images=None, test_images=None, image_size=224, teacher="dino_vitb16",
+                  vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
+                  prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",
+                  pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, balance=0.0, epochs=140,
+                  batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
+}
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=PRESETS, default="small",
+                   help="small: embedded data and teacher, minutes on a CPU; paper: the paper's sizes and recipe")
+    add = p.add_argument_group("data").add_argument
+    add("--data", default="shapes", help="shapes (drawn by data.py), cifar10, cifar100, stl10 or folder:PATH")
+    add("--train-images", type=int, default=20000, help="use at most so many; fewer: shorter epochs")
+    add("--test-images", type=int, default=5000, help="for the evaluation at the end only")
+    add("--image-size", type=int, default=32, help="pixels; what the teacher was trained on, or a multiple of its patch")
+    add("--views", type=int, default=4, help="V, augmented views per picture; 1 trains on same-view pairs only")
+    add("--batch-size", type=int, default=64, help="B, pictures per step; the teacher sees B * V views")
+    add = p.add_argument_group("networks").add_argument
+    add("--teacher", default="shapes", help=f"{', '.join(model.HUB)}, a name in weights/, or a file")
+    add("--random-teacher", action="store_true", help="an untrained dino_* teacher, to try sizes without a network")
+    add("--length", type=int, default=8, help="T, symbols per picture, a power of two")
+    add("--descriptor-depth", type=int, default=2, help="blocks; each costs T sequential steps")
+    add("--descriptor-heads", type=int, default=4)
+    add("--interpreter-depth", type=int, default=2, help="blocks")
+    add("--interpreter-heads", type=int, default=4)
+    add("--prototypes", type=int, default=1024, help="P, outputs of the projector; more for more varied data")
+    add("--hidden", type=int, default=512, help="width of the projector's MLP")
+    add("--bottleneck", type=int, default=128, help="width in front of the prototypes")
+    discretize.add_flags(p)
+    add = p.add_argument_group("loss").add_argument
+    add("--prototype-source", choices=["ema", "kmeans"], default="kmeans",
+        help="P_T: the EMA of P_S (the paper) or fixed k-means centres of the teacher's CLS (holds more)")
+    add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
+    add("--lam", type=float, default=1.0,
+        help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 favours the full sequence")
+    add("--pairing", choices=["same", "cross"], default="cross",
+        help="a view answers for itself (the paper's formula) or for the other views (DINO)")
+    add("--centering", choices=["centre", "sinkhorn", "none"], default="none",
+        help="against collapse of --prototype-source ema: DINO's centre, or Sinkhorn (stronger); fixed prototypes need none")
+    add("--teacher-temp", type=float, default=0.07, help="after warm-up; lower: sharper, harder targets")
+    add("--teacher-temp-start", type=float, default=0.07, help="before warm-up (30 epochs at most)")
+    add("--student-temp", type=float, default=0.1)
+    add("--explore", choices=["base", "entropy", "info", "combined"], default="base", help="section 3.4")
+    add("--alpha", type=float, default=0.01, help="weight of the symbols' entropy with --explore entropy, combined")
+    add("--beta", type=float, default=0.05, help="weight of a sequence's information with --explore info, combined")
+    add("--balance", type=float, default=0.1,
+        help="weight of the information between picture and symbol in the batch; 0: off, as in the paper")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=3)
+    add("--lr", type=float, default=1e-3, help="peak; scale it with the batch")
+    add("--lr-end", type=float, default=1e-5)
+    add("--warmup-epochs", type=float, default=0.2)
+    add("--weight-decay", type=float, default=0.04)
+    add("--weight-decay-end", type=float, default=0.04, help="reached by a cosine; DINO: 0.4, for long runs")
+    add("--clip", type=float, default=2.0, help="largest norm of the gradient")
+    add = p.add_argument_group("run").add_argument
+    add("--out", type=Path, default=None, help="run directory; default runs/DATA-DISC-VOCAB-sSEED")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.pt, to the bit on a CPU")
+    add("--overwrite", action="store_true", help="start anew although OUT holds a checkpoint")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--knn-every", type=int, default=1, help="epochs between k-NN on held-out training pictures; 0: never")
+    add("--evaluate", action=argparse.BooleanOptionalAction, default=True, help="evaluate on the test part at the end")
+    preset = p.parse_known_args(argv)[0].preset
+    p.set_defaults(**PRESETS[preset])
+    return p.parse_args(argv)
+
+
+def check(args):
+    """Flags that would fail later, or silently do nothing. Raises ValueError."""
+    if min(args.views, args.batch_size, args.epochs, args.prototypes) < 1:
+        raise ValueError("--views, --batch-size, --epochs and --prototypes must be 1 or more")
+    for name in ("student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
+
+
+def split_held_out(pictures, seed):
+    """Training pictures -> those to train on, and up to 1000 (5 % at most) that only the monitor sees."""
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
+    n = min(1000, len(pictures) // 20)
+    pick = lambda i: data.ImageSet(pictures.images[i], pictures.labels[i], pictures.classes)  # noqa: E731
+    return pick(order[n:]), pick(order[:n])
+
+
+@torch.no_grad()
+def fit_teacher_statistics(teacher, student, head, pictures, args):
+    """Standardisation of the teacher's tokens from 1000 pictures; k-means anchors from up to 20 000."""
+    encode = lambda images: teacher(data.normalize(images.to(args.device), args.image_size))  # noqa: E731
+    with evaluate.autocast(torch.device(args.device)):
+        sample = torch.cat([encode(x) for x in pictures.images[:1000].split(args.batch_size)])
+        student.fit_standardisation(sample)
+        if isinstance(head, model.Anchors):
+            cls = torch.cat([encode(x)[:, 0] for x in pictures.images[:20000].split(4 * args.batch_size)])
+            cls = (cls.float() - student.mean[0]) / student.std[0]
+            cls = torch.nn.functional.normalize(cls, dim=-1)
+            if len(cls) < len(head.centres):
+                raise ValueError(f"--prototypes {len(head.centres)} is more than the {len(cls)} pictures; lower it")
+            head.centres.copy_(torch.nn.functional.normalize(discretize.kmeans(cls, len(head.centres)), dim=-1))
+
+
+def forward(teacher, student, head, softmax, images, temperature, args):
+    """The step at the top of this file: uint8 pictures (B, 3, H, W) -> loss and what the log wants."""
+    v, b = args.views, len(images)
+    views = data.augmentation(args.data)(images, v, args.image_size)            # (V, B, 3, S, S)
+    with torch.no_grad():
+        tokens = teacher(views.flatten(0, 1))                                   # z_t (V*B, N+1, d)
+        p_t = softmax(head(student.standardise(tokens)[:, 0]).unflatten(0, (v, b)), temperature)
+    said = student.describe(tokens)                                             # T symbols each
+    z_s = student.interpret(said.embeddings)                                    # (V*B, D, d)
+    logits = student.projector(z_s).transpose(0, 1).unflatten(1, (v, b))        # p_s (D, V, B, P)
+    loss, entropies = losses.granular_dino_loss(p_t, logits, args.lam, args.student_temp, args.pairing)
+    total = loss + said.aux + losses.exploration_loss(said.weights, said.logits, args.explore,
+                                                      args.alpha, args.beta, args.balance)
+    with torch.no_grad():
+        target = losses.pair_views(p_t, v, args.pairing)
+        joint = (logits.float() / args.student_temp).softmax(-1).mean(0)        # p_s = sum_n p_s^(n), normalised
+        log = {"loss": total, "dino_loss": loss, "aux": said.aux,
+               "teacher_entropy": losses.entropy(p_t).mean(),
+               "kl": (target * (target.clamp(min=1e-12) / joint.clamp(min=1e-12)).log()).sum(-1).mean(),
+               "symbol_entropy": losses.symbol_entropy(said.logits),
+               "information": losses.sequence_information(said.weights)}
+    return total, {name: value.detach().float() for name, value in log.items()}
+
+
+class Trainer:
+    """Everything that changes during a run; state() and load() are what a checkpoint holds."""
+
+    def __init__(self, args, teacher, student, head, images):
+        self.args, self.teacher, self.student, self.head, self.images = args, teacher, student, head, images
+        self.softmax = losses.TeacherSoftmax(args.prototypes, args.centering).to(args.device)
+        self.optimizer = torch.optim.AdamW(losses.parameter_groups(student), lr=args.lr)
+        half = evaluate.autocast(torch.device(args.device)).fast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=half)
+        self.epoch, self.seconds = 0, 0.0
+        self.steps_per_epoch = len(images) // args.batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} training pictures")
+
+    def state(self):
+        parts = {name: getattr(self, name).state_dict()
+                 for name in ("student", "head", "softmax", "optimizer", "scaler")}
+        rng = {"cpu": torch.get_rng_state()}
+        if self.args.device.startswith("cuda"):
+            rng["cuda"] = torch.cuda.get_rng_state(self.args.device)
+        return parts | {"config": config_of(self.args), "teacher": self.teacher.vit.state_dict(),
+                        "epoch": self.epoch, "seconds": self.seconds, "rng": rng}
+
+    def load(self, state):
+        for name in ("student", "head", "softmax", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.args.device)
+
+    def schedule(self, step):
+        """Sets learning rate, weight decay and the discretizer's temperature; returns the teacher's."""
+        args, steps = self.args, self.args.epochs * self.steps_per_epoch
+        warmup = int(args.warmup_epochs * self.steps_per_epoch)
+        losses.set_schedule(self.optimizer, losses.warmup_cosine(args.lr, args.lr_end, step, steps, warmup),
+                            losses.cosine(args.weight_decay, args.weight_decay_end, step / steps))
+        self.student.disc.tau = discretize.anneal(args.tau_start, args.tau, step / steps)
+        return losses.warmup_linear(args.teacher_temp_start, args.teacher_temp, step,
+                                    min(30, args.epochs) * self.steps_per_epoch)
+
+    def step(self, images, step):
+        """One optimiser step on uint8 pictures (B, 3, H, W); returns the figures to log."""
+        args = self.args
+        temperature = self.schedule(step)
+        with evaluate.autocast(torch.device(args.device)):
+            loss, log = forward(self.teacher, self.student, self.head, self.softmax, images, temperature, args)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), args.clip)
+        if args.prototype_source == "ema" and self.epoch == 0 and args.epochs > 1:
+            self.student.projector.prototypes.grad = None                       # DINO: frozen in the first epoch
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.student.disc.after_step()
+        if args.prototype_source == "ema":
+            steps = args.epochs * self.steps_per_epoch
+            losses.ema_update(self.head, self.student.projector, losses.cosine(args.ema, 1.0, step / steps))
+        return log
+
+    def train_epoch(self):
+        """One pass over the pictures in an order that depends on seed and epoch alone; mean figures."""
+        args, start, sums = self.args, time.time(), {}
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(args.seed + self.epoch))
+        self.student.train()
+        for i in range(self.steps_per_epoch):
+            batch = order[i * args.batch_size:(i + 1) * args.batch_size]
+            log = self.step(self.images[batch].to(args.device, non_blocking=True),
+                            self.epoch * self.steps_per_epoch + i)
+            sums = {name: sums.get(name, 0) + value for name, value in log.items()}
+            if (i + 1) % 20 == 0 or i + 1 == self.steps_per_epoch:              # rarely: .item() waits for a GPU
+                self.report(i + 1, sums["loss"].item() / (i + 1), time.time() - start)
+        self.epoch += 1
+        self.seconds += time.time() - start
+        steps = self.steps_per_epoch
+        return {"epoch": self.epoch, "step": self.epoch * steps, "seconds": round(self.seconds, 2),
+                "images_per_s": round(steps * args.batch_size / (time.time() - start), 1),
+                "lr": self.optimizer.param_groups[0]["lr"], "tau": self.student.disc.tau,
+                "teacher_entropy_max": math.log(args.prototypes),
+                **{name: (value / steps).item() for name, value in sums.items()}}
+
+    def report(self, i, loss, seconds):
+        """The progress line; stops the run when the loss is no number any more."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch + 1}. OUT/ckpt.pt holds the last good "
+                                     "epoch; try a lower --lr, a higher --tau or a longer --warmup-epochs")
+        left = (self.args.epochs - self.epoch) * self.steps_per_epoch - i
+        print(f"\repoch {self.epoch + 1}/{self.args.epochs}  step {i}/{self.steps_per_epoch}  loss {loss:.3f}  "
+              f"{i * self.args.batch_size / seconds:.0f} images/s  ETA {left * seconds / i / 60:.1f} min ",
+              end="", flush=True)
+
+
+def monitor(trainer, held_out, knn):
+    """Collapse figures of hard symbols on pictures not trained on, and, where there are labels and `knn`,
+    k-NN (k = 20) per prefix: half of those pictures ask, the gallery is the other half and 4000 more."""
+    args, trainer.student = trainer.args, trainer.student.eval()
+    code = evaluate.encode(trainer.student, trainer.teacher, held_out, args.image_size)
+    figures = evaluate.code_figures(code["ids"], args.vocab)
+    if knn and held_out.labelled:
+        half, y, z = len(held_out) // 2, held_out.labels, code["z"]
+        scores = [evaluate.knn_accuracy(x[half:], y[half:], x[:half], y[:half], min(20, len(x) - half))[0] for x in z]
+        figures |= {"knn_prefix": scores, "knn_top1": scores[-1]}
+    return figures
+
+
+def alarms(record):
+    """Words for what collapse looks like in the figures of an epoch."""
+    share = record["teacher_entropy"] / record["teacher_entropy_max"]
+    if share < 0.005:
+        yield "the teacher's entropy is 0: all prototypes but one are dead (raise --teacher-temp, --centering sinkhorn)"
+    if share > 0.995:
+        yield "the teacher's entropy is ln P: its targets say nothing (lower --teacher-temp)"
+    if max(record["perplexity"]) < 1.5:
+        yield "one symbol is said for every picture (raise --balance or --tau, lower --lr)"
+
+
+def config_of(args):
+    """The flags as plain values, to be stored and compared."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
+
+
+def write(path, write_to):
+    """Atomically: write_to(temporary path), then rename. An interruption leaves the old file whole."""
+    part = Path(f"{path}.tmp")
+    write_to(part)
+    os.replace(part, path)
+
+
+def open_run(args):
+    """The run directory; the state to resume from, or None. Raises ValueError rather than overwrite."""
+    out = args.out or Path("runs") / f"{args.data.replace(':', '-').replace('/', '-')}-{args.disc}-{args.vocab}-s{args.seed}"
+    args.out = out
+    state = None
+    if args.resume:
+        state = model.read_weights(out / "ckpt.pt")
+        if "config" not in state or "optimizer" not in state:
+            raise ValueError(f"{out}/ckpt.pt is no checkpoint of train.py")
+        now, free = config_of(args), ("out", "device", "evaluate", "knn_every")
+        differ = [k for k in now if k not in free and now[k] != state["config"].get(k)]
+        if differ:
+            raise ValueError("--resume with other flags than the run's: " + ", ".join(
+                f"--{k.replace('_', '-')} was {state['config'].get(k)}, is {now[k]}" for k in differ))
+    elif (out / "ckpt.pt").exists() and not args.overwrite:
+        raise ValueError(f"{out} holds a run already: --resume to continue it, --overwrite to start anew, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    return out, state
+
+
+def run(args):
+    check(args)
+    out, state = open_run(args)
+    torch.manual_seed(args.seed)
+    teacher = model.build_teacher(args.teacher, args.random_teacher).to(args.device)
+    if args.image_size % teacher.patch:
+        raise ValueError(f"--image-size {args.image_size} is no multiple of the teacher's patch, {teacher.patch} pixels")
+    student, head = (m.to(args.device) for m in model.build_student(vars(args), teacher.width))
+    pictures, held_out = split_held_out(data.load(args.data, "train", args.image_size, args.train_images, args.seed), args.seed)
+    trainer = Trainer(args, teacher, student, head, pictures.images)
+    if state:
+        trainer.load(state)
+    else:
+        fit_teacher_statistics(teacher, student, head, pictures, args)
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+    write(out / "config.json", lambda part: part.write_text(json.dumps(config_of(args), indent=1) + "\n"))
+    count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6    # noqa: E731
+    print(f"{len(pictures)} pictures, teacher {count(teacher):.1f} M parameters, student {count(student):.1f} M, "
+          f"{args.length} symbols of {args.vocab}: {args.length * math.log2(args.vocab):.0f} bits a picture -> {out}")
+
+    while trainer.epoch < args.epochs:
+        record = trainer.train_epoch()
+        last = trainer.epoch == args.epochs
+        record |= monitor(trainer, held_out, args.knn_every and (last or trainer.epoch % args.knn_every == 0))
+        with open(out / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(record) + "\n")
+        write(out / "ckpt.pt", lambda part: torch.save(trainer.state(), part))
+        print(f"  teacher entropy {record['teacher_entropy']:.2f}  KL {record['kl']:.2f}  perplexity "
+              f"{min(record['perplexity']):.0f}-{max(record['perplexity']):.0f}  k-NN {record.get('knn_top1', math.nan):.1f} %")
+        for words in alarms(record):
+            print(f"WARNING: collapse? {words}")
+    if args.evaluate:
+        finish(out)
+
+
+def finish(out):
+    """The evaluation and the figures, from the checkpoint as written."""
+    config, teacher, student = model.load_checkpoint(out / "ckpt.pt")
+    results = evaluate.evaluate(teacher, student, config)
+    evaluate.print_table(results)
+    write(out / "results.json", lambda part: part.write_text(json.dumps(evaluate.summary(results), indent=1) + "\n"))
+    test = data.load(config["data"], "test", config["image_size"], 8, config["seed"])
+    visualize.figure1(teacher, student, test.images, [test.classes[y] for y in test.labels], out / "figure1.png")
+    visualize.curves([out], out / "curves.png")
+    print(f"{out}: ckpt.pt metrics.jsonl results.json figure1.png curves.png")
+
+
+def main():
+    args = parse()
+    try:
+        run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"train.py: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
