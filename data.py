@@ -53,7 +53,7 @@ FACTORS = {
     "row": ["top", "middle", "bottom"],
 }
 HUES = torch.tensor([0.0, 30.0, 58.0, 120.0, 180.0, 212.0, 268.0, 312.0])       # degrees, one per colour
-RADII = torch.tensor([6.0, 7.75, 9.5])                                          # pixels, one per size
+RADII = torch.tensor([7.0, 9.0, 11.0])                                            # pixels, one per size
 SIDE = 32
 
 
@@ -119,8 +119,8 @@ def draw_shapes(indices, seed=0):
     ground = ground * (1 + 0.15 * col(11) * wave)[:, None]                       # (n, 3, 32, 32)
 
     # Object: position, size and angle are jittered, so that a factor is a category and not a number.
-    cx = 16 + 4.5 * (factors["column"][:, None, None] - 1) + 2 * col(12) - 1
-    cy = 16 + 4.5 * (factors["row"][:, None, None] - 1) + 2 * col(13) - 1
+    cx = 16 + 3.5 * (factors["column"][:, None, None] - 1) + 2 * col(12) - 1
+    cy = 16 + 3.5 * (factors["row"][:, None, None] - 1) + 2 * col(13) - 1
     radius = RADII[factors["size"]][:, None, None] * (0.95 + 0.1 * col(14))
     angle = 0.5 * col(15) - 0.25                                                # radians, about +-14 degrees
     dx, dy = (px - cx) / radius, (py - cy) / radius
@@ -348,7 +348,8 @@ class Augment:
 # Which augmentations a data set uses. `shapes` keeps position (no flip, large crops) and hides the
 # exact tint and brightness, which would otherwise be the cheapest thing for two views to agree on.
 AUGMENT = {
-    "shapes": Augment(crop=(0.5, 1.0), flip=0, strength=(0.3, 0.3, 0.3, 0.5), grey=0.1, blur=0, solarise=0),
+    "shapes": Augment(crop=(0.7, 1.0), flip=0, jitter=1, strength=(0.4, 0.4, 0.8, 0.5), grey=0, blur=0,
+                      solarise=0),
     "photographs": Augment(),
 }
 

@@ -1,16 +1,14 @@
-"""Discretizers: a decoder's output vector becomes one of K symbols, and gradients still pass (3.2).
+"""Discretizers: the decoder's output becomes one of K symbols, and gradients still pass (3.2).
 
-    softmax   s_q = softmax(W h / tau)                          a mixture, sharp for a small tau
-    gumbel    s_q = softmax((W h + g) / tau),  g ~ Gumbel(0,1)  a sample, soft; noise in training only
-    vq        s_q = argmin_k |h - e_k|                          the nearest code, gradient copied past
+    softmax   s_q = softmax(W h / tau)                         a mixture, sharp for a small tau
+    gumbel    s_q = softmax((W h + g) / tau), g ~ Gumbel(0,1)  a soft sample; noise in training only
+    vq        s_q = argmin_k |h - e_k|                         nearest code, gradient copied past it
 
     python train.py --disc gumbel --tau-start 1
     python train.py --disc vq --vocab 256 --vq-update gradient
-    python -m pytest -q tests/test_discretize.py
 
-A new one is a class (a subclass of Discretizer, or of Softmax where only the weights differ) and
-its entry in DISCRETIZERS; `test_a_new_discretizer_is_one_short_class` is a worked example.
-Section numbers are the paper's. B: images times views, d: width, K: vocabulary, c: code dimension.
+To add one, write a class and its entry in DISCRETIZERS (an example: tests/test_discretize.py,
+last test). B: images times views, d: width, K: vocabulary, c: code dimension; sections: the paper's.
 """
 
 import argparse
@@ -21,22 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Standard deviation of the logits before training. For normal logits, perplexity is about
-# K exp(-SPREAD^2 / 2) = K / 3: not uniform (the embedding would be the same mean vector for every
-# image, with no gradient to tell symbols apart), not one-hot (an untrained winner would be final).
+# Deviation of the logits before training, for a perplexity of about K exp(-SPREAD^2 / 2) = K / 3:
+# not uniform (all images embed to one mean vector), not one-hot (no other symbol gets a gradient).
 SPREAD = 1.5
-# As the positions and the start token that share the next transformer's input: neither drowns the
-# other, and AdamW can reshape the table within the warm-up (from std 1 it takes 1 / lr steps).
+# As the positions, which share the next transformer's input: neither drowns the other, and AdamW
+# can reshape the table within the warm-up (from deviation 1 it takes 1 / lr steps).
 TABLE_STD = 0.02
 UPDATES, INITS = ("ema", "gradient"), ("kmeans", "random")
 
 
 class Discrete(NamedTuple):
-    """One symbol per row: what every discretizer returns, always in float32."""
+    """One symbol per row: what every discretizer returns, in float32."""
 
-    weights: Tensor    # (B, K) non-negative, sums to 1; exactly one-hot for vq and for hard=True
+    weights: Tensor    # (B, K) sums to 1; exactly one-hot for vq and for hard=True
     embedding: Tensor  # (B, d) = weights @ table, the next input of descriptor and interpreter
-    ids: Tensor        # (B,) int64, argmax of the weights in use (after noise where there is noise)
+    ids: Tensor        # (B,) int64, argmax of the weights in use (with their noise)
     aux: Tensor        # () loss to add to the objective; 0 where the discretizer has none
     logits: Tensor     # (B, K); softmax(logits) is p(symbol | h), before noise: for H(p) and I(s)
 
@@ -48,25 +45,19 @@ def require(condition, message):
 
 class Discretizer(nn.Module):
     """The contract. A subclass defines `discretize(h, hard)`, and `after_step` if it keeps state.
-
-    `tau` is a plain attribute: train.py sets it at every step (`anneal`), and it is not in the
-    state_dict, so that a loaded model stands at the end of the schedule, args.tau.
-    """
+    train.py sets `tau` at every step (see `anneal`); a loaded model has the final one, args.tau."""
 
     def __init__(self, width, vocab, args):
         super().__init__()
         require(vocab >= 2, f"--vocab must be 2 or more (one symbol says nothing), not {vocab}")
         require(args.tau > 0, f"--tau must be above 0, not {args.tau}")
-        self.width, self.vocab, self.tau = width, vocab, args.tau
+        self.vocab, self.tau = vocab, args.tau
 
     def forward(self, h, hard=False):
         """h (B, d) -> Discrete. hard: one-hot argmax without noise, as in every reported figure."""
         # bfloat16 keeps 3 digits: near-equal logits would tie, and argmax would favour low ids
         with torch.autocast(h.device.type, enabled=False):
             return self.discretize(h.float(), hard)
-
-    def discretize(self, h, hard):
-        raise NotImplementedError
 
     def after_step(self):
         """train.py calls this once per optimiser step, after the T calls of `forward` in it."""
@@ -75,52 +66,38 @@ class Discretizer(nn.Module):
 class Softmax(Discretizer):
     """Low-temperature softmax (3.2, item 1), with an optional straight-through one-hot."""
 
+    tempered = True  # logits are W h / tau
+
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
         self.straight_through = args.straight_through
         # No bias: it could only prefer a symbol for all images alike, the first step of collapse
         self.to_logits = nn.Linear(width, vocab, bias=False)
-        nn.init.normal_(self.to_logits.weight, std=self.initial_scale(args) / math.sqrt(width))
+        # h has unit variance (it leaves a LayerNorm), so the logits have deviation SPREAD
+        unit = (getattr(args, "tau_start", None) or args.tau) if self.tempered else 1
+        nn.init.normal_(self.to_logits.weight, std=SPREAD * unit / math.sqrt(width))
         self.table = nn.Parameter(TABLE_STD * torch.randn(vocab, width))
-
-    @staticmethod
-    def initial_scale(args):
-        """Standard deviation of W h for h of unit variance (it leaves a LayerNorm)."""
-        return SPREAD * (getattr(args, "tau_start", None) or args.tau)  # tau divides it away again
-
-    def logits(self, h):
-        return self.to_logits(h) / self.tau
 
     def weigh(self, logits):
         return logits.softmax(-1)
 
     def discretize(self, h, hard):
-        logits = self.logits(h)                                       # (B, K)
+        logits = self.to_logits(h) / (self.tau if self.tempered else 1)  # (B, K)
         soft = logits if hard else self.weigh(logits)
-        ids = soft.argmax(-1)                                         # (B,)
-        one_hot = F.one_hot(ids, self.vocab).float()
-        if hard:
-            weights = one_hot
-        elif self.straight_through:  # x - x.detach() is exactly 0: one-hot forward, soft backward
-            weights = one_hot + (soft - soft.detach())
-        else:
-            weights = soft
+        ids = soft.argmax(-1)                                            # (B,)
+        weights = F.one_hot(ids, self.vocab).float() if hard or self.straight_through else soft
+        if self.straight_through and not hard:
+            weights = weights + (soft - soft.detach())  # adds exactly 0, and the softmax's gradient
         return Discrete(weights, weights @ self.table, ids, h.new_zeros(()), logits)
 
 
 class Gumbel(Softmax):
-    """Gumbel-softmax (3.2, item 2; Jang et al. 2017). Without noise it is Softmax, number by number.
+    """Gumbel-softmax (3.2, item 2; Jang et al. 2017). In evaluation its weights are Softmax's.
 
     In training the argmax of the weights is a sample of softmax(W h), whatever tau is (Gumbel-max);
-    tau only sets how close to one-hot the weights are. So here the logits are W h, undivided.
-    """
+    tau only sets how close to one-hot the weights are."""
 
-    @staticmethod
-    def initial_scale(args):
-        return SPREAD  # against noise of standard deviation pi / sqrt(6) = 1.28, for every tau
-
-    def logits(self, h):
-        return self.to_logits(h)
+    tempered = False  # logits are W h: SPREAD against noise of standard deviation 1.28, at any tau
 
     def weigh(self, logits):
         if self.training:
@@ -129,13 +106,11 @@ class Gumbel(Softmax):
 
 
 class VQ(Discretizer):
-    """Vector quantization (3.2, item 3; van den Oord et al. 2017), with the remedies for dead codes.
+    """Vector quantization (3.2, item 3; van den Oord et al. 2017), with remedies for dead codes.
 
-    The T calls of a step share one codebook but come from T different distributions. Whatever is
-    estimated from data (k-means, EMA, restarts) therefore waits for `after_step` and sees all of
-    them: k-means on the first call alone would leave positions 2 to T to share a few codes. The
-    first step runs on random codes; at the start of the warm-up its learning rate is about 0.
-    """
+    The T calls of a step share one codebook but come from T different distributions. So k-means,
+    EMA and restarts wait for `after_step` and see them all: k-means on the first call alone would
+    leave positions 2 to T a few codes. Step 1 uses random codes, at a warm-up rate of about 0."""
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
@@ -149,84 +124,76 @@ class VQ(Discretizer):
         dim = args.vq_dim or width
         self.down = nn.Linear(width, dim) if dim != width else nn.Identity()
         self.up = nn.Linear(dim, width) if dim != width else nn.Identity()
-        # Unit variance, as h: with the usual U(-1/K, 1/K) all codes sit in one point beside the data
-        codebook = torch.randn(vocab, dim)
+        codebook = torch.randn(vocab, dim)  # (K, c) of unit variance, as h; U(-1/K, 1/K) is a point
         if self.ema:
-            self.register_buffer("codebook", codebook)                # (K, c), moved by after_step
+            self.register_buffer("codebook", codebook)                   # moved by after_step
         else:
-            self.codebook = nn.Parameter(codebook)                    # (K, c), moved by the optimiser
-        self.register_buffer("usage", torch.full((vocab,), 1 / vocab))  # EMA of each code's share
+            self.codebook = nn.Parameter(codebook)                       # moved by the optimiser
+        self.register_buffer("usage", torch.full((vocab,), 1 / vocab))   # EMA of each code's share
         self.register_buffer("ready", torch.tensor(args.vq_init == "random"))
-        self.seen = []  # [(z, ids)] of this step; empty between steps, so it needs no checkpoint
+        self.seen = []  # (z, ids) of this step's calls; empty between steps, hence not a buffer
 
     @property
     def table(self):
-        return self.up(self.normalise(self.codebook))                 # (K, d)
+        return self.up(self.normalise(self.codebook))                    # (K, d)
 
     def normalise(self, x):
-        """Onto the sphere of radius sqrt(c): the l2 codes of Yu et al. 2022 (ViT-VQGAN), scaled so
-        that a component has unit variance, and losses and logits do not shrink with c."""
+        # l2 of ViT-VQGAN (Yu et al. 2022), but at radius sqrt(c): losses do not shrink with c
         return F.normalize(x, dim=-1) * math.sqrt(x.shape[-1]) if self.l2 else x
 
     def discretize(self, h, hard):
         z, codes = self.normalise(self.down(h)), self.normalise(self.codebook)  # (B, c), (K, c)
         distance = (z**2).sum(-1, keepdim=True) - 2 * z @ codes.T + (codes**2).sum(-1)  # (B, K)
-        # -|z - e|^2 / 2c, with l2: cosine - 1. Any increasing function has the same argmax; over tau
-        # this one is a p(symbol) that is comparable between code dimensions and with softmax.
+        # Our choice: per dimension and over tau, for an H(p) that compares between c. l2: cosine
         logits = -distance / (2 * z.shape[-1] * self.tau)
         ids = logits.argmax(-1)
         weights = F.one_hot(ids, self.vocab).float()
-        code = weights @ codes                                        # (B, c)
-        aux = self.beta * F.mse_loss(z, code.detach())                # commitment
+        code = weights @ codes                                           # (B, c)
+        aux = self.beta * F.mse_loss(z, code.detach())                   # eq. 3: commitment
         if not self.ema:
-            aux = aux + F.mse_loss(code, z.detach())                  # codebook: eq. 3, 2nd term
+            aux = aux + F.mse_loss(code, z.detach())                     # eq. 3: codebook
         if self.training and not hard:
             self.seen.append((z.detach(), ids))
-        # Straight-through: the value is the code's to the bit, the gradient is z's, unchanged
+        # Straight-through: the value is exactly the code, the gradient goes to z unchanged
         return Discrete(weights, self.up(code.detach() + (z - z.detach())), ids, aux, logits)
 
     @torch.no_grad()
     def after_step(self):
-        """k-means after the first step; then usage, the EMA update and the restarts."""
+        """k-means after the first step; from then on usage, the EMA update and restarts."""
         if not self.seen:
             return
-        z, ids = (torch.cat(parts) for parts in zip(*self.seen))      # (T B, c), (T B,)
+        z, ids = (torch.cat(parts) for parts in zip(*self.seen))         # (T B, c), (T B,)
         self.seen = []
         if not self.ready:
             self.codebook.copy_(kmeans(z, self.vocab))
             self.ready.fill_(True)
             return
-        assigned = F.one_hot(ids, self.vocab).float() / len(ids)      # (T B, K)
-        share, total = assigned.sum(0), assigned.T @ z                # (K,), (K, c)
+        assigned = F.one_hot(ids, self.vocab).float() / len(ids)         # (T B, K)
+        share = assigned.sum(0)                                          # (K,)
         self.usage.lerp_(share, 1 - self.decay)
         if self.ema:
             # e = m / N of van den Oord et al. 2017, A.1 (also in Razavi et al. 2019), as a step:
             # no second buffer, and a code that nobody uses stays where it is instead of 0 / 0
-            step = (1 - self.decay) * (total - share[:, None] * self.codebook)
+            step = (1 - self.decay) * (assigned.T @ z - share[:, None] * self.codebook)  # (K, c)
             self.codebook.add_(step / self.usage.clamp(min=1e-12)[:, None])
-        # Dhariwal et al. 2020 (Jukebox): an idle code moves onto a vector of this step, and counts
-        # as averagely used until shown otherwise. K draws at every step: no wait for the GPU.
-        idle = self.usage < self.restart / self.vocab                 # (K,)
-        fresh = draw(z, self.vocab)
-        self.codebook.copy_(torch.where(idle[:, None], fresh, self.codebook))
+        # Jukebox (Dhariwal et al. 2020): an idle code moves onto a vector of this step, and counts
+        # as averagely used until shown otherwise
+        idle = self.usage < self.restart / self.vocab                    # (K,)
+        self.codebook.copy_(torch.where(idle[:, None], draw(z, self.vocab), self.codebook))
         self.usage.masked_fill_(idle, 1 / self.vocab)
 
 
 def draw(x, count):
-    """x (n, c) -> (count, c) random rows, distinct where n allows it (CPU generator on any device)."""
+    """x (n, c) -> (count, c): random rows, distinct if n allows it (CPU generator everywhere)."""
     rows = torch.randperm(len(x))[:count] if len(x) >= count else torch.randint(len(x), (count,))
     return x[rows.to(x.device)]
 
 
 def kmeans(x, count, iterations=10):
-    """x (n, c) -> (count, c) centres: Lloyd's algorithm from random rows; an empty centre stays.
-
-    The noise tells centres apart that begin on the same row (n < count): a tie would last forever.
-    """
+    """x (n, c) -> (count, c) centres: Lloyd's algorithm from random rows; an empty centre stays."""
     centres = draw(x, count)
-    centres = centres + 1e-3 * x.std() * torch.randn(centres.shape).to(x.device)
     for _ in range(iterations):
-        assigned = F.one_hot(torch.cdist(x, centres).argmin(-1), count).float()  # (n, count)
+        assigned = F.one_hot(torch.cdist(x, centres).argmin(-1), count).float()      # (n, count)
         size = assigned.sum(0)[:, None]
         centres = torch.where(size > 0, assigned.T @ x / size.clamp(min=1), centres)
     return centres
@@ -236,46 +203,43 @@ DISCRETIZERS = {"softmax": Softmax, "gumbel": Gumbel, "vq": VQ}
 
 
 def build(name, width, vocab, args):
-    require(name in DISCRETIZERS, f"--disc must be one of {', '.join(DISCRETIZERS)}, not {name!r}")
+    require(name in DISCRETIZERS, f"--disc must be one of {list(DISCRETIZERS)}, not {name!r}")
     return DISCRETIZERS[name](width, vocab, args)
 
 
 def anneal(start, end, progress):
     """Temperature at `progress` in 0..1: start (end / start)^progress; start None: constant.
-
-    Exponential, as in Jang et al. 2017: what acts is the ratio of logits to tau, and this way it
-    grows by the same factor in every epoch. A cosine would spend most epochs near the two ends.
-    """
+    Exponential, as Jang et al. 2017: 1 / tau, which acts, grows by one factor in every epoch."""
     start = end if start is None else start
     require(start > 0 and end > 0, f"--tau-start and --tau must be above 0, not {start} and {end}")
-    return start * (end / start) ** min(max(progress, 0.0), 1.0)
+    return start * (end / start) ** min(max(progress, 0), 1)
 
 
 def add_flags(parser):
     """All flags of all discretizers; their defaults are here and nowhere else."""
     add = parser.add_argument_group("discretizer").add_argument
     toggle = argparse.BooleanOptionalAction
-    add("--disc", choices=list(DISCRETIZERS), default="softmax", help="how a vector becomes a symbol: "
-        "softmax (no noise), gumbel (explores by sampling), vq (nearest code)")
-    add("--vocab", type=int, default=128, help="number of symbols K; an image is T log2(K) bits. "
-        "Raise it when nearly all symbols are in use, lower it when few are")
-    add("--tau", type=float, default=0.12, help="temperature at the end of training, in units of the "
-        "logits. Lower: closer to one symbol, but gradients vanish; for vq it only scales the logits")
-    add("--tau-start", type=float, default=None, help="temperature at step 0, annealed exponentially "
-        "to --tau; none: constant. Set it (about 1) when few symbols survive the first epochs")
-    add("--straight-through", action=toggle, default=False, help="softmax, gumbel: one-hot forward, "
-        "soft gradient (paper: soft). Set it when soft figures are far better than hard ones")
-    add("--vq-dim", type=int, default=8, help="code dimension, 0: the model's width. Low (Yu et al. "
-        "2022) keeps more codes in use; raise it when --vocab is in the thousands")
-    add("--vq-l2", action=toggle, default=False, help="compare directions only (l2-normalised codes). "
-        "Set it when the codes' norms drift apart or the commitment loss grows")
-    add("--vq-update", choices=UPDATES, default="ema", help="what moves the codes: an average of their "
-        "vectors (ema; free of the learning rate) or the codebook loss (gradient)")
-    add("--vq-decay", type=float, default=0.99, help="EMA decay per optimiser step, of codes and of "
-        "usage; memory is 1 / (1 - decay) steps. Lower it when codes lag behind, raise it if B is small")
-    add("--vq-init", choices=INITS, default="kmeans", help="first codes: k-means of the first step's "
-        "vectors, or random normal (to see why k-means is there)")
-    add("--vq-restart", type=float, default=0.1, help="restart codes used less than this fraction of "
-        "1 / K; 0: never. Lower it when rare but meaningful symbols are lost")
-    add("--vq-beta", type=float, default=0.25, help="weight of the commitment loss (van den Oord et "
-        "al. 2017: 0.1 to 2 alike). Raise it when the vectors run away from their codes")
+    add("--disc", choices=list(DISCRETIZERS), default="softmax",
+        help="softmax (no noise), gumbel (explores by sampling) or vq (nearest code)")
+    add("--vocab", type=int, default=128,
+        help="symbols K; an image is T log2(K) bits. Raise when nearly all are in use")
+    add("--tau", type=float, default=0.12, help="temperature, final if annealed, in units of "
+        "logits. Lower: closer to one symbol, gradients vanish. vq: scales the logits only")
+    add("--tau-start", type=float, help="temperature at step 0, annealed exponentially to --tau; "
+        "none: constant. Set (about 1) when few symbols survive the first epochs")
+    add("--straight-through", action=toggle, default=False, help="softmax, gumbel: one-hot "
+        "forward, soft gradient (paper: soft). Set when soft figures far exceed hard ones")
+    add("--vq-dim", type=int, default=8, help="code dimension, 0: the model's width. Low (Yu et "
+        "al. 2022) keeps more codes in use; raise when K is in the thousands")
+    add("--vq-l2", action=toggle, default=False, help="codes on a sphere: only directions "
+        "compare. Set when the norms of vectors and codes drift apart")
+    add("--vq-update", choices=UPDATES, default="ema", help="codes follow the average of their "
+        "vectors (ema; no learning rate) or the codebook loss (gradient; van den Oord eq. 3)")
+    add("--vq-decay", type=float, default=0.99, help="decay of the EMA of codes and usage, per "
+        "step; memory 1/(1 - decay) steps. Lower when codes lag, raise for small batches")
+    add("--vq-init", choices=INITS, default="kmeans", help="first codes: k-means of the first "
+        "step's vectors, or random normal (to see what k-means is good for)")
+    add("--vq-restart", type=float, default=0.1, help="restart codes used less than this fraction "
+        "of 1/K; 0: never. Lower when rare but meaningful symbols are lost")
+    add("--vq-beta", type=float, default=0.25, help="weight of the commitment loss. Raise when "
+        "the decoder's vectors run away from the codes")

@@ -15,6 +15,7 @@ test split asks. With u the L2-normalised features, class c gets from the k near
 Discrete codes tie: hundreds of images share a one-symbol code, so "the k nearest" is not a set.
 Images tied at the k-th place each get the vote that breaking the tie at random would give them on
 average; classes with equal votes score the chance of a random pick. Gallery order is never used.
+(With more than k images to a code, k-NN is thus the majority of that code's images, for every k.)
 """
 
 import argparse
@@ -41,8 +42,8 @@ L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # the linear probe's weight decays, st
 
 def checked_classes(train_x, train_y, test_x, test_y):
     """Labels of any kind -> (train_y, test_y, C), both in 0..C-1. Raises ValueError, see below."""
-    if len(train_x) < 2 or len(test_x) < 1:
-        raise ValueError("accuracy needs at least 2 train images and 1 test image")
+    if not len(train_x) or not len(test_x):
+        raise ValueError("accuracy needs at least one train image and one test image")
     if not (train_x.isfinite().all() and test_x.isfinite().all()):
         raise ValueError("the features contain NaN or infinity (did training diverge?)")
     classes, y = torch.unique(torch.cat([train_y, test_y]), return_inverse=True)
@@ -80,12 +81,11 @@ def neighbour_votes(similarity, labels, classes, ks, temperature):
 
 def knn_accuracies(train_x, train_y, test_x, test_y, ks=KS, temperature=0.07):
     """DINO's weighted k-NN for several k in one pass: {k: (top1, top5)}, in percent.
-
     train_x (n, d), test_x (m, d): features on any scale, any device with float64. Labels: any
     integers; with C < 5 classes top-5 is top-C. A k beyond the gallery lets the whole gallery vote.
     Equal to eval_knn.py when nothing ties. Where fewer than 5 classes got a vote, DINO fills its
     top 5 by class number; here the voteless classes tie, and share the places that are left.
-    Raises ValueError for under 2 train or 1 test images, and for features that are not finite.
+    Raises ValueError for an empty part, and for features that are not finite.
     """
     train_y, test_y, classes = checked_classes(train_x, train_y, test_x, test_y)
     gallery, queries = (F.normalize(x.double(), dim=1) for x in (train_x, test_x))
@@ -125,7 +125,6 @@ def fit_logistic(x, y, classes, l2, iterations=100):
 
 def linear_probe(train_x, train_y, test_x, test_y, grid=L2_GRID, iterations=100, seed=0):
     """Multinomial logistic regression on frozen features: (top1, top5) in percent.
-
     Our choices, because the paper names no solver: features standardised by the train part
     (columns that never vary are dropped); the weight decay with the lowest cross-entropy on a
     random tenth of the *train* part, then refitted on all of it. The test part is used once.
@@ -157,9 +156,9 @@ def code_figures(ids, vocab):
     different sequences / images."""
     histogram = torch.stack([column.bincount(minlength=vocab) for column in ids.T])  # (T, K)
     entropy = torch.special.entr(histogram.double() / len(ids)).sum(1)  # (T,)
-    usage = (histogram.sum(0) > 0).double().mean().item()
-    distinct = len(torch.unique(ids, dim=0)) / len(ids)
-    return {"perplexity": entropy.exp().tolist(), "usage": usage, "distinct": distinct}
+    return {"perplexity": entropy.exp().tolist(),
+            "usage": (histogram.sum(0) > 0).double().mean().item(),
+            "distinct": len(torch.unique(ids, dim=0)) / len(ids)}
 
 
 # ---- a data set through teacher and student --------------------------------------------------
@@ -270,10 +269,9 @@ def summary(results):
 
 def print_table(results):
     """The rows, the collapse figures, and what the student said of a few test images."""
-    def line(name, bits, row, kept=None):
+    def line(name, bits, row, kept="-"):
         pairs = [row.get("each", {}).get(k) for k in KS] + [row.get("knn"), row["linear"]]
         cells = [f"{p[0]:.2f} / {p[1]:.2f}" if p else "-" for p in pairs]
-        kept = "-" if kept is None else f"{kept:.3f}"
         print(f"{name:19}{bits:>5}" + "".join(f"{c:>16}" for c in cells) + f"{kept:>11}")
 
     sizes = "{} train images (gallery), {} test images".format(*results["sizes"])
@@ -284,7 +282,7 @@ def print_table(results):
     for kind, note in (("student", ""), ("soft", ", soft"), ("onehot", ", one-hot")):
         for n, row in results[kind].items():
             bits = "-" if kind == "soft" else f"{n * math.log2(results['vocab']):.4g}"
-            kept = results["retention"][n] if kind == "student" else None
+            kept = f"{results['retention'][n]:.3f}" if kind == "student" else "-"
             line(f"{n} symbol{'s' * (n > 1)}{note}", bits, row, kept)
     print("perplexity by position " + " ".join(f"{p:.1f}" for p in results["perplexity"])
           + f" of {results['vocab']}; vocabulary in use {results['usage']:.1%}; "
@@ -310,6 +308,8 @@ def main():
     try:
         if min(args.batch_size, args.train_images or 1, args.test_images or 1) < 1:
             raise ValueError("--batch-size, --train-images and --test-images must be at least 1")
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
         if args.json and not args.json.absolute().parent.is_dir():
             raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
         config, teacher, student = load_checkpoint(args.checkpoint, args.device)

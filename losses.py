@@ -54,11 +54,10 @@ class TeacherSoftmax(torch.nn.Module):
 
 @torch.no_grad()
 def ema_update(target, source, momentum):
-    """theta_T <- m theta_T + (1 - m) theta_S (paper, section 3.1), parameters and BatchNorm buffers."""
+    """theta_T <- m theta_T + (1 - m) theta_S (paper, section 3.1). BatchNorm's running statistics are not
+    averaged: a target in training mode keeps its own, of its own activations."""
     for t, s in zip(target.parameters(), source.parameters()):
         t.lerp_(s, 1 - momentum)
-    for t, s in zip(target.buffers(), source.buffers()):
-        t.copy_(s)
 
 
 # ---------------------------------------------------------------------------------- the DINO loss

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
 import discretize
 
@@ -64,9 +64,14 @@ class Teacher(nn.Module):
             return self.vit.encoder.ln(self.vit.encoder.layers(x))              # (B, N+1, d)
 
 
-def small_vit(image_size, patch, width, depth, heads):
-    """A torchvision ViT of any size (without its classifier), randomly initialised as DINO does."""
-    vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width)
+def small_vit(image_size, patch, width, depth, heads, stem=()):
+    """A torchvision ViT of any size (without its classifier), randomly initialised as DINO does.
+    stem: channels of 3x3 convolutions of stride 2 in front (Xiao et al. 2021); patch = 2 ** len(stem)."""
+    convolutions = [ConvStemConfig(channels, 3, 2) for channels in stem]
+    if stem:
+        convolutions.append(ConvStemConfig(width, 1, 1))
+    vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width,
+                            conv_stem_configs=convolutions or None)
     vit.heads = nn.Identity()
     for module in vit.modules():
         if isinstance(module, nn.Linear):
@@ -122,7 +127,7 @@ def dino_to_torchvision(state_dict):
 
     Also takes what DINO's training saves: the `teacher` entry, `module.` and `backbone.` prefixes, and
     the projection head, which is dropped. Raises ValueError when no ViT is found in it."""
-    state = state_dict.get("teacher", state_dict)
+    state = state_dict["teacher"] if isinstance(state_dict.get("teacher"), dict) else state_dict
     new = {}
     for name, value in state.items():
         name = re.sub(r"^(module\.|backbone\.)+", "", name)
@@ -131,7 +136,7 @@ def dino_to_torchvision(state_dict):
         for old, replacement in DINO_NAMES:
             name = re.sub(old, replacement, name)
         new[name] = value
-    if not {"class_token", "conv_proj.weight", "encoder.pos_embedding", "encoder.ln.weight"} <= new.keys():
+    if not {"class_token", "encoder.pos_embedding", "encoder.ln.weight"} <= new.keys():
         raise ValueError("no vision transformer in it: neither DINO's nor torchvision's parameter names")
     return new
 
@@ -139,10 +144,12 @@ def dino_to_torchvision(state_dict):
 def teacher_from_state(state):
     """torchvision-named ViT weights -> frozen Teacher in float32. The sizes are read off the shapes; there
     are 64 channels to a head in every DINO model, and in ours."""
-    width, _, patch, _ = state["conv_proj.weight"].shape
     side = round((state["encoder.pos_embedding"].shape[1] - 1) ** 0.5)
+    width = state["class_token"].shape[-1]
     depth = sum(name.endswith(".ln_1.weight") for name in state)
-    teacher = small_vit(side * patch, patch, width, depth, max(1, width // 64))
+    stem = [len(state[name]) for name in state if re.fullmatch(r"conv_proj\.conv_bn_relu_\d+\.0\.weight", name)]
+    patch = 2 ** len(stem) if stem else state["conv_proj.weight"].shape[-1]
+    teacher = small_vit(side * patch, patch, width, depth, max(1, width // 64), stem)
     try:
         teacher.vit.load_state_dict(state)
     except RuntimeError as error:
@@ -179,23 +186,25 @@ def build_teacher(name, random_weights=False):
         width = 768 if "vitb" in name else 384
         return small_vit(224, int(name[9:]), width, 12, width // 64).eval().requires_grad_(False)
     if name in HUB:
+        url = DINO_URL.format(HUB[name])
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)         # where torch.hub keeps them
         try:
-            state = torch.hub.load_state_dict_from_url(DINO_URL.format(HUB[name]), map_location="cpu",
-                                                       weights_only=True)
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path))
         except Exception as error:
-            raise OSError(f"cannot get the weights of {name} ({error}). Without a network: download "
-                          f"{DINO_URL.format(HUB[name])} elsewhere and pass --teacher FILE, or use "
-                          f"--random-teacher to try the sizes") from None
+            raise OSError(f"cannot get the weights of {name} ({error}). Without a network: download {url} elsewhere "
+                          "and pass --teacher FILE, or use --random-teacher to try the sizes") from None
     else:
         shipped = WEIGHTS / f"{name}.pt"
         if not shipped.is_file() and not Path(name).is_file():
             known = sorted(f.stem for f in WEIGHTS.glob("*.pt"))
             raise FileNotFoundError(f"no teacher {name!r}: give a file, or one of {', '.join([*HUB, *known])}")
-        state = read_weights(shipped if shipped.is_file() else name)
+        path = shipped if shipped.is_file() else name
     try:
-        return teacher_from_state(dino_to_torchvision(state))
-    except ValueError as error:
-        raise ValueError(f"teacher {name}: {error}") from None
+        return teacher_from_state(dino_to_torchvision(read_weights(path)))
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"teacher {name}: {' '.join(str(error).split())[:200]}") from None
 
 
 # ------------------------------------------------------------- student: D_S, discretizer, E_S, P_S

@@ -117,6 +117,8 @@ def split_held_out(pictures, seed):
     """Training pictures -> those to train on, and up to 1000 (5 % at most) that only the monitor sees."""
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
     n = min(1000, len(pictures) // 20)
+    if n < 2:
+        raise ValueError(f"{len(pictures)} training pictures are too few: the monitor alone needs 40 (1 in 20)")
     pick = lambda i: data.ImageSet(pictures.images[i], pictures.labels[i], pictures.classes)  # noqa: E731
     return pick(order[n:]), pick(order[:n])
 
@@ -256,7 +258,7 @@ class Trainer:
 
 def monitor(trainer, held_out, knn):
     """Collapse figures of hard symbols on pictures not trained on, and, where there are labels and `knn`,
-    k-NN (k = 20) per prefix: half of those pictures ask, the gallery is the other half and 4000 more."""
+    k-NN (k = 20) per prefix: half of those pictures ask, the other half is the gallery."""
     args, trainer.student = trainer.args, trainer.student.eval()
     code = evaluate.encode(trainer.student, trainer.teacher, held_out, args.image_size)
     figures = evaluate.code_figures(code["ids"], args.vocab)
@@ -341,20 +343,20 @@ def run(args):
               f"{min(record['perplexity']):.0f}-{max(record['perplexity']):.0f}  k-NN {record.get('knn_top1', math.nan):.1f} %")
         for words in alarms(record):
             print(f"WARNING: collapse? {words}")
-    if args.evaluate:
-        finish(out)
+    finish(out, args, held_out)
 
 
-def finish(out):
+def finish(out, args, held_out):
     """The evaluation and the figures, from the checkpoint as written."""
-    config, teacher, student = model.load_checkpoint(out / "ckpt.pt")
-    results = evaluate.evaluate(teacher, student, config)
-    evaluate.print_table(results)
-    write(out / "results.json", lambda part: part.write_text(json.dumps(evaluate.summary(results), indent=1) + "\n"))
-    test = data.load(config["data"], "test", config["image_size"], 8, config["seed"])
-    visualize.figure1(teacher, student, test.images, [test.classes[y] for y in test.labels], out / "figure1.png")
+    config, teacher, student = model.load_checkpoint(out / "ckpt.pt", args.device)
+    if args.evaluate:
+        results = evaluate.evaluate(teacher, student, config)
+        evaluate.print_table(results)
+        write(out / "results.json", lambda part: part.write_text(json.dumps(evaluate.summary(results), indent=1) + "\n"))
+    titles = [held_out.classes[y] if y >= 0 else "" for y in held_out.labels[:8]]
+    visualize.figure1(teacher, student, held_out.images[:8], titles, out / "figure1.png", args.image_size)
     visualize.curves([out], out / "curves.png")
-    print(f"{out}: ckpt.pt metrics.jsonl results.json figure1.png curves.png")
+    print(f"{out}: " + " ".join(sorted(f.name for f in out.iterdir())))
 
 
 def main():

@@ -1,166 +1,197 @@
 """DINO from scratch for a small ViT: makes the teachers that the project ships (Caron et al. 2021).
 
-    python -m extras.pretrain --data shapes --out runs/teacher          # the shipped `shapes` teacher
-    python -m extras.pretrain --data folder:PATH --width 192 --depth 6  # one for your own pictures
-    python -m extras.pretrain --out runs/teacher --resume               # go on after an interruption
+    python -m extras.pretrain                                      # the shipped `shapes` teacher, step by step
+    python -m extras.pretrain --data folder:PATH --width 192 --depth 6 --locals 4 --epochs 100 --momentum 0.996
+    python -m extras.pretrain --out runs/teacher --resume          # go on after an interruption
 
 Student and teacher are the same ViT + projector; the teacher is the student's EMA. The student sees 2
-global and several local crops, the teacher the global ones, and each student view must predict the
-teacher's output for the others. Writes OUT/metrics.jsonl, OUT/ckpt.pt (everything, to resume) and
-OUT/teacher.pt (the ViT alone, half precision: give it to train.py as --teacher OUT/teacher.pt).
+global and --locals local crops, the teacher the global ones, and each student view must predict the
+teacher's output for the other views:
+
+    L = mean over pairs i != j of H(p_t^(i), p_s^(j))                          (DINO, equation 3)
+
+Writes OUT/metrics.jsonl, OUT/ckpt.pt (everything, to resume) and OUT/teacher.pt (the ViT alone, half
+precision: give it to train.py as --teacher OUT/teacher.pt).
 """
 import argparse
 import copy
 import json
-import os
+import math
 import time
 from pathlib import Path
 
 import torch
 
 import data
+import evaluate
 import losses
-from evaluate import knn_accuracy
-from model import DINOHead, small_vit
+from model import DINOHead, read_weights, small_vit
+from train import config_of, write
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
+    add = p.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10, cifar100, stl10 or folder:PATH")
-    add("--train-images", type=int, default=None, help="use only so many; default all")
+    add("--train-images", type=int, default=None, help="use at most so many; default all")
     add("--image-size", type=int, default=32, help="pixels; a multiple of the patch")
-    add("--patch", type=int, default=4, help="pixels; smaller: finer tokens, quadratically slower")
-    add("--width", type=int, default=128)
-    add("--depth", type=int, default=4)
-    add("--heads", type=int, default=2, help="64 channels each, as in DINO")
-    add("--prototypes", type=int, default=1024, help="P; more for more varied data")
+    add("--locals", type=int, default=0,
+        help="local crops per picture besides the two global ones; they help on photographs (DINO: 8) and hurt on "
+             "shapes, where a part of the picture may not show the object")
+    add("--local-size", type=int, default=16, help="pixels of a local crop")
+    add("--local-crop", type=float, nargs=2, default=(0.15, 0.4), help="share of the picture's area, from and to")
+    add("--batch-size", type=int, default=128, help="pictures per step")
+    add = p.add_argument_group("network").add_argument
+    add("--stem", type=int, nargs="*", default=(32, 64),
+        help="channels of 3x3 convolutions of stride 2 in front (Xiao et al. 2021): learns sooner; none: a patch embedding")
+    add("--patch", type=int, default=4, help="pixels; with a stem 2 ** its length. Finer is quadratically slower")
+    add("--width", type=int, default=128, help="d, a multiple of 64: there are 64 channels to a head")
+    add("--depth", type=int, default=4, help="blocks")
+    add("--prototypes", type=int, default=512, help="P; more for more varied data")
     add("--hidden", type=int, default=512, help="width of the projector's MLP")
-    add("--bottleneck", type=int, default=128)
+    add("--bottleneck", type=int, default=128, help="width in front of the prototypes")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=True,
-        help="BatchNorm in the projector; gets small runs off the ground, see losses.TeacherSoftmax")
-    add("--centering", choices=["centre", "sinkhorn"], default="sinkhorn")
-    add("--teacher-temp", type=float, default=0.02, help="lower: sharper targets; ln P in the log: lower it")
+        help="BatchNorm in the projector: gets short runs off the ground")
+    add = p.add_argument_group("loss").add_argument
+    add("--centering", choices=["centre", "sinkhorn"], default="sinkhorn", help="centre: DINO; sinkhorn: SwAV, DINOv2")
+    add("--teacher-temp", type=float, default=0.02, help="lower it when the loss stays at ln P")
     add("--student-temp", type=float, default=0.1)
-    add("--momentum", type=float, default=0.99, help="of the teacher's EMA, to 1 by a cosine; longer runs: 0.996")
-    add("--locals", type=int, default=4, help="local crops per picture; 0: only the two global ones")
-    add("--local-size", type=int, default=16)
-    add("--local-crop", type=float, nargs=2, default=(0.15, 0.4), help="range of the area a local crop keeps")
-    add("--batch-size", type=int, default=128)
-    add("--epochs", type=float, default=10)
+    add("--momentum", type=float, default=0.99, help="of the teacher's EMA, to 1 by a cosine; long runs: 0.996")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=5)
     add("--lr", type=float, default=1e-3, help="peak, whatever the batch size")
+    add("--lr-end", type=float, default=1e-5)
     add("--warmup", type=int, default=200, help="steps")
     add("--weight-decay", type=float, default=0.04)
+    add("--clip", type=float, default=2.0, help="largest norm of the gradient")
+    add = p.add_argument_group("run").add_argument
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/teacher"))
-    add("--resume", action="store_true", help="continue from OUT/ckpt.pt")
+    add("--resume", action="store_true", help="continue from OUT/ckpt.pt, to the bit on a CPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--knn-every", type=int, default=400, help="steps between logs with k-NN on a held-out part of train")
+    add("--every", type=int, default=50, help="steps between lines of the log, with k-NN, and checkpoints")
     return p.parse_args(argv)
 
 
-def build(args):
-    """Backbone and head of student and teacher, as two ModuleDicts."""
-    net = torch.nn.ModuleDict({
-        "backbone": small_vit(args.image_size, args.patch, args.width, args.depth, args.heads),
-        "head": DINOHead(args.width, args.prototypes, args.hidden, args.bottleneck, args.batch_norm)})
-    return net.to(args.device), copy.deepcopy(net).requires_grad_(False).to(args.device)
-
-
 def forward(net, crops):
-    """crops: list of (V, B, 3, S, S), one entry per size -> logits (all views, B, P), one head pass."""
+    """crops: list of (views, B, 3, S, S), one entry per size -> logits (all views, B, P)."""
     cls = [net["backbone"](x.flatten(0, 1))[:, 0].unflatten(0, x.shape[:2]) for x in crops]
-    cls = torch.cat(cls)                                                        # (views, B, d)
+    cls = torch.cat(cls)                                                        # (all views, B, d)
     return net["head"](cls.flatten(0, 1)).unflatten(0, cls.shape[:2])
 
 
-def train_step(student, teacher, softmax, images, args, augment, local_augment):
-    """One loss on one batch of uint8 pictures."""
-    crops = [augment(images, 2, args.image_size)]
-    if args.locals:
-        crops.append(local_augment(images, args.locals, args.local_size))
-    with torch.autocast(images.device.type, torch.bfloat16):
-        with torch.no_grad():
-            p_t = softmax(forward(teacher, crops[:1]), args.teacher_temp)
-        logits = forward(student, crops)
-    loss, _ = losses.granular_dino_loss(p_t, logits[None], 1.0, args.student_temp)
-    return loss, p_t
-
-
 @torch.no_grad()
-def features(backbone, images, args):
-    """CLS of uint8 pictures: (n, d)."""
+def knn(backbone, held_out, args):
+    """Weighted k-NN (k = 20) top-1 in % of the teacher's CLS: 1000 held-out pictures ask, 5000 are the gallery."""
     backbone.eval()
     parts = []
-    for batch in images.split(500):
-        with torch.autocast(args.device, torch.bfloat16):
-            parts.append(backbone(data.normalize(batch.to(args.device), args.image_size))[:, 0].float())
+    with evaluate.autocast(torch.device(args.device)):
+        for batch in held_out.images.split(500):
+            parts.append(backbone(data.normalize(batch.to(args.device), args.image_size))[:, 0].float().cpu())
     backbone.train()
-    return torch.cat(parts)
+    x, y, asked = torch.cat(parts), held_out.labels, len(held_out) // 6
+    return evaluate.knn_accuracy(x[asked:], y[asked:], x[:asked], y[:asked], 20)[0]
 
 
-def monitor(teacher, held_out, args):
-    """k-NN top-1 of the EMA teacher on 1000 held-out training pictures, gallery 5000 others; k = 20."""
-    x, y = features(teacher["backbone"], held_out.images, args), held_out.labels.to(args.device)
-    return knn_accuracy(x[1000:], y[1000:], x[:1000], y[:1000], 20)[0]
+class Pretrainer:
+    """Student, teacher (ViT and projector each) and what else changes during a run."""
+
+    def __init__(self, args, pictures):
+        self.args, self.pictures = args, pictures
+        self.student = torch.nn.ModuleDict({
+            "backbone": small_vit(args.image_size, args.patch, args.width, args.depth, args.width // 64, args.stem),
+            "head": DINOHead(args.width, args.prototypes, args.hidden, args.bottleneck, args.batch_norm)}).to(args.device)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.softmax = losses.TeacherSoftmax(args.prototypes, args.centering).to(args.device)
+        self.optimizer = torch.optim.AdamW(losses.parameter_groups(self.student), lr=args.lr)
+        self.augment = data.augmentation(args.data)
+        self.augment_local = copy.copy(self.augment)
+        self.augment_local.crop = tuple(args.local_crop)
+        self.steps_per_epoch = len(pictures) // args.batch_size
+        self.steps, self.step, self.seconds = args.epochs * self.steps_per_epoch, 0, 0.0
+
+    def batch(self):
+        """The pictures of the present step: an order of its own for every epoch, from the seed alone."""
+        epoch, at = divmod(self.step, self.steps_per_epoch)
+        order = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(self.args.seed + 1 + epoch))
+        size = self.args.batch_size
+        return self.pictures.images[order[at * size:(at + 1) * size]].to(self.args.device)
+
+    def train_step(self):
+        """One optimiser step; returns the loss and the teacher's probabilities (2, B, P)."""
+        args, images = self.args, self.batch()
+        crops = [self.augment(images, 2, args.image_size)]
+        if args.locals:
+            crops.append(self.augment_local(images, args.locals, args.local_size))
+        lr = losses.warmup_cosine(args.lr, args.lr_end, self.step, self.steps, args.warmup)
+        losses.set_schedule(self.optimizer, lr, args.weight_decay)
+        with evaluate.autocast(torch.device(args.device)):
+            with torch.no_grad():
+                p_t = self.softmax(forward(self.teacher, crops[:1]), args.teacher_temp)
+            logits = forward(self.student, crops)                               # (2 + locals, B, P)
+        loss, _ = losses.granular_dino_loss(p_t, logits[None], 1.0, args.student_temp, "cross")
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), args.clip)
+        self.optimizer.step()
+        losses.ema_update(self.teacher, self.student, losses.cosine(args.momentum, 1.0, self.step / self.steps))
+        self.step += 1
+        return loss.item(), p_t
+
+    def state(self):
+        parts = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "softmax", "optimizer")}
+        return parts | {"step": self.step, "seconds": self.seconds, "rng": torch.get_rng_state(),
+                        "config": config_of(self.args)}
+
+    def load(self, state):
+        for name in ("student", "teacher", "softmax", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+        torch.set_rng_state(state["rng"])
+
+    def weights(self):
+        """The teacher's ViT in half precision."""
+        state = self.teacher["backbone"].vit.state_dict()
+        return {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
 
 
-def save(path, state):
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
-def main():
-    args = parse()
+def run(args):
     torch.manual_seed(args.seed)
     pictures = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed))
-    held = order[:6000]                                                         # unlabelled use in training is fine
+    held, rest = order[:6000], order[6000:]                                     # k-NN is on pictures never trained on
     held_out = data.ImageSet(pictures.images[held], pictures.labels[held], pictures.classes)
-    student, teacher = build(args)
-    softmax = losses.TeacherSoftmax(args.prototypes, args.centering).to(args.device)
-    optimizer = torch.optim.AdamW(losses.parameter_groups(student), lr=args.lr)
-    augment = data.augmentation(args.data)
-    local_augment = copy.copy(augment)
-    local_augment.crop = tuple(args.local_crop)
-    args.out.mkdir(parents=True, exist_ok=True)
-    steps = int(args.epochs * (len(pictures) // args.batch_size))
-    step, start_epoch = 0, None
+    pictures = data.ImageSet(pictures.images[rest], pictures.labels[rest], pictures.classes)
+    trainer = Pretrainer(args, pictures)
     if args.resume:
-        state = torch.load(args.out / "ckpt.pt", map_location=args.device, weights_only=True)
-        for module, key in ((student, "student"), (teacher, "teacher"), (softmax, "softmax"), (optimizer, "optimizer")):
-            module.load_state_dict(state[key])
-        step = state["step"]
-        torch.set_rng_state(state["rng"].cpu())
-    log = open(args.out / "metrics.jsonl", "a" if args.resume else "w")
-    start = time.time()
-    while step < steps:
-        epoch, at = divmod(step, len(pictures) // args.batch_size)
-        if at == 0 or start_epoch != epoch:
-            shuffle = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed + 1 + epoch))
-            start_epoch = epoch
-        images = pictures.images[shuffle[at * args.batch_size:][:args.batch_size]].to(args.device)
-        losses.set_schedule(optimizer, losses.warmup_cosine(args.lr, args.lr / 100, step, steps, args.warmup),
-                            args.weight_decay)
-        loss, p_t = train_step(student, teacher, softmax, images, args, augment, local_augment)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 2.0)
-        optimizer.step()
-        losses.ema_update(teacher, student, losses.cosine(args.momentum, 1.0, step / steps))
-        step += 1
-        if step % args.knn_every == 0 or step == steps:
-            record = {"step": step, "epoch": step * args.batch_size / len(pictures), "loss": loss.item(),
+        trainer.load(read_weights(args.out / "ckpt.pt"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    write(args.out / "config.json", lambda part: part.write_text(json.dumps(config_of(args), indent=1) + "\n"))
+    start, log = time.time(), open(args.out / "metrics.jsonl", "a" if args.resume else "w")
+    while trainer.step < trainer.steps:
+        loss, p_t = trainer.train_step()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {trainer.step}; lower --lr, then --resume")
+        if trainer.step % args.every == 0 or trainer.step == trainer.steps:
+            trainer.seconds, start = trainer.seconds + time.time() - start, time.time()
+            record = {"step": trainer.step, "epoch": round(trainer.step / trainer.steps_per_epoch, 3), "loss": loss,
                       "teacher_entropy": losses.entropy(p_t).mean().item(),
-                      "prototypes_used": p_t.flatten(0, 1).argmax(1).unique().numel() / args.prototypes,
-                      "knn_top1": monitor(teacher, held_out, args), "seconds": time.time() - start}
+                      "teacher_entropy_max": math.log(args.prototypes),
+                      "images_per_s": round(trainer.step * args.batch_size / trainer.seconds, 1)}
+            if held_out.labelled:
+                record["knn_top1"] = knn(trainer.teacher["backbone"], held_out, args)
+            record["seconds"] = round(trainer.seconds, 1)
             print(json.dumps(record), flush=True)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            save(args.out / "ckpt.pt", {"step": step, "student": student.state_dict(), "teacher": teacher.state_dict(),
-                                        "softmax": softmax.state_dict(), "optimizer": optimizer.state_dict(),
-                                        "rng": torch.get_rng_state()})
-            save(args.out / "teacher.pt", {k: v.half() for k, v in teacher["backbone"].vit.state_dict().items()})
+            print(json.dumps(record), file=log, flush=True)
+            write(args.out / "ckpt.pt", lambda part: torch.save(trainer.state(), part))
+            write(args.out / "teacher.pt", lambda part: torch.save(trainer.weights(), part))
+
+
+def main():
+    try:
+        run(parse())
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"extras.pretrain: {error}") from None
 
 
 if __name__ == "__main__":

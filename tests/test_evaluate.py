@@ -33,7 +33,8 @@ def codes(n, m, vocab=7, classes=6, seed=0):
     """Discrete features: the embedding of one of `vocab` symbols, which hints at the class."""
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(classes, (n + m,), generator=g)
-    symbol = (y + torch.randint(3, (n + m,), generator=g)) % vocab
+    symbol = (y + torch.randint(3, (n + m,), generator=g)) % classes
+    symbol += classes * torch.randint(vocab // classes, (n + m,), generator=g)
     x = torch.randn(vocab, 12, generator=g)[symbol]
     return x[:n], y[:n], x[n:], y[n:]
 
@@ -131,6 +132,13 @@ def test_ties_by_matching_symbols_survive_rounding():
     assert scaled == pytest.approx(plain, abs=1e-9)
 
 
+def test_all_ks_in_one_pass_equal_one_k_at_a_time():
+    for data in (codes(300, 90, vocab=50), noisy_classes(300, 90, classes=7, d=4, spread=2.0)):
+        together = ev.knn_accuracies(*data, ks=(60, 1, 9))
+        assert together == {k: pytest.approx(ev.knn_accuracy(*data, k), abs=1e-9) for k in together}
+        assert len({top1 for top1, _ in together.values()}) == 3  # it matters which k
+
+
 def test_chunks_do_not_change_the_result(monkeypatch):
     x, y, test_x, test_y = codes(300, 90)
     whole = ev.knn_accuracies(x, y, test_x, test_y, (5, 50))
@@ -161,10 +169,17 @@ def test_features_that_are_not_finite_are_refused():
 # ---- linear probe ----------------------------------------------------------------------------
 
 
+def test_probe_does_not_depend_on_the_unit_of_a_feature():
+    x, y, test_x, test_y = noisy_classes(300, 200, classes=8, spread=1.5)
+    plain, unit = ev.linear_probe(x, y, test_x, test_y), torch.logspace(-3, 3, 16)
+    assert 60 < plain[0] < 95
+    scaled = ev.linear_probe((x + 5) * unit, y, (test_x + 5) * unit, test_y)
+    assert scaled == pytest.approx(plain, abs=0.51)  # one image of 200: float32 rounding
+
+
 def test_probe_separates_clusters_and_finds_nothing_in_shuffled_labels():
     x, y, test_x, test_y = noisy_classes(600, 300, classes=8, spread=0.3)
-    scale = torch.logspace(-3, 3, 16)  # standardising must undo this
-    assert ev.linear_probe(x * scale + 5 * scale, y, test_x * scale + 5 * scale, test_y)[0] > 99
+    assert ev.linear_probe(x, y, test_x, test_y)[0] > 99
     g = torch.Generator().manual_seed(0)
     shuffled = y[torch.randperm(600, generator=g)]
     top1, top5 = ev.linear_probe(x, shuffled, test_x, test_y)
@@ -233,19 +248,21 @@ class ToyTeacher(torch.nn.Module):
 
 
 class ToyStudent(torch.nn.Module):
-    """Says the brightest channel and then a constant; interprets a prefix as its mean embedding.
+    """Says the brightest channel and then `second`; interprets a prefix as its mean embedding.
 
     Adds noise of float32's rounding by place in the batch, as real kernels do.
     """
 
     lengths = [1, 2]
 
-    def __init__(self):
+    def __init__(self, second=(3,)):
         super().__init__()
+        self.second = torch.tensor(second)
         self.table = torch.nn.Parameter(torch.eye(4) + 0.5)
 
     def describe(self, tokens, hard=False):
-        ids = torch.stack([tokens[:, 0].argmax(1), torch.full((len(tokens),), 3)], 1)
+        second = self.second[torch.arange(len(tokens)) % len(self.second)]
+        ids = torch.stack([tokens[:, 0].argmax(1), second], 1)
         weights = F.one_hot(ids, 4).float()
         if not hard:
             weights = 0.9 * weights + 0.025
@@ -265,11 +282,12 @@ def colour_set(n, noise=20, seed=0):
 
 
 def test_encode_gives_one_feature_per_hard_code_whatever_the_batches():
-    pictures, parts = colour_set(23), (ToyStudent(), ToyTeacher())
+    pictures, parts = colour_set(23), (ToyStudent(second=(3, 1)), ToyTeacher())
     out = ev.encode(*parts, pictures, 8, batch_size=5, soft=True)
-    assert out["ids"].tolist() == [[c, 3] for c in pictures.labels.tolist()]
+    assert torch.equal(out["ids"][:, 0], pictures.labels)
+    assert set(out["ids"][:, 1].tolist()) == {1, 3}
     assert out["cls"].shape == (23, 4 - 1) and out["z"].shape == out["soft"].shape == (2, 23, 4)
-    for c in range(3):
+    for c in range(3):  # of one symbol, whatever the second one is
         rows = out["z"][0, pictures.labels == c]
         assert len(rows) > 2 and (rows == rows[0]).all()
         assert torch.allclose(rows[0], torch.eye(4)[c] + 0.5, atol=1e-4)
@@ -304,11 +322,21 @@ def test_evaluate_scores_a_perfect_language(toy_run, capsys):
     assert "blue            2    3" in printed
 
 
-def test_json_has_exactly_the_agreed_keys(toy_run, tmp_path, monkeypatch):
+def test_summary_takes_each_figure_from_its_place():
+    row = {"each": {10: (0, 0)}, "knn": (1.0, 2.0), "linear": (3.0, 4.0)}
+    results = {"teacher": row, "student": {8: row | {"knn": (0.5, 6.0)}}, "retention": {8: 0.5},
+               "perplexity": [2.0], "usage": 0.1, "distinct": 0.2, "bits": 8.0}
+    figures = ev.summary(results)
+    assert figures["teacher"] == {"knn_top1": 1, "knn_top5": 2, "linear_top1": 3, "linear_top5": 4}
+    assert figures["student"]["8"] == figures["teacher"] | {"knn_top1": 0.5, "knn_top5": 6}
+
+
+def test_json_has_exactly_the_agreed_keys(toy_run, tmp_path, monkeypatch, capsys):
     target = tmp_path / "figures.json"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "run.pt", "--json", str(target),
                                       "--device", "cpu", "--train-images", "60"])
     ev.main()
+    assert "60 train images (gallery), 30 test images" in capsys.readouterr().out
     figures = json.loads(target.read_text())
     row = dict.fromkeys(("knn_top1", "knn_top5", "linear_top1", "linear_top5"), 100.0)
     assert figures.pop("teacher") == row and figures.pop("student") == {"1": row, "2": row}

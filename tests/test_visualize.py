@@ -1,6 +1,5 @@
 """visualize.py: planted masks, symbols and points must come out at the pixels computed by hand."""
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,8 +62,8 @@ def test_overlay_is_warmest_at_the_planted_patch():
     assert shown.shape == (3, 112, 112) and shown.dtype == torch.uint8
     row, column = divmod(int(shown.int().sum(0).argmax()), 112)
     assert 28 <= row < 42 and 70 <= column < 84         # 14 pixels a patch
-    blue_minus_red = (shown[2].int() - shown[0].int())
-    assert blue_minus_red[35, 77] < -60 and blue_minus_red[100, 10] > 10        # warm there, cold here
+    warmth = shown[0].int() - shown[2].int()            # red minus blue
+    assert warmth[35, 77] > 60 and warmth[100, 10] < -10
 
 
 def test_a_mask_that_looks_everywhere_stays_flat_and_dimmer_than_a_peak():
@@ -77,11 +76,12 @@ def test_a_mask_that_looks_everywhere_stays_flat_and_dimmer_than_a_peak():
 
 def test_figure1_has_each_mask_below_its_symbol(tmp_path):
     data = dark_and_bright()
-    path = visualize.figure1(teacher, FakeStudent(), data.images[:2], ["a", ""], tmp_path / "f.png")
+    path = visualize.figure1(teacher, FakeStudent(), data.images[:2], ["a", ""],
+                             tmp_path / "f.png")
     page = Image.open(path).convert("RGB")
     # By hand: left = 24 + 112 + 24 = 160, a column 120 wide, rows from y = 74, 154 high.
     assert page.size == (160 + 8 * 120 - 8 + 24, 74 + 2 * 154 - 16 + 24)
-    for t in range(8):                                  # the warmest pixel lies in patch t of mask t
+    for t in range(8):                                  # the warmest pixel is in patch t of mask t
         x, y = 160 + 120 * t, 74 + 154 + 26
         red, _, blue = np.moveaxis(np.asarray(page.crop((x, y, x + 112, y + 112)), int), -1, 0)
         row, column = divmod(int((red - blue).argmax()), 112)
@@ -96,7 +96,8 @@ def test_a_long_sequence_still_fits_the_width(tmp_path):
                              tmp_path / "f.png")
     page = Image.open(path)
     assert page.width <= 1400
-    assert near((255, 255, 255), page.crop((0, 0, 24, page.height))).all()       # nothing spills
+    # By hand: 16 columns leave 70 pixels an image, so 94 to 118 lies between title and first chip.
+    assert near((255, 255, 255), page.crop((96, 74, 117, 96))).all()
 
 
 def test_text_wider_than_its_room_is_cut():
@@ -135,8 +136,8 @@ def planted_ids():
 def test_the_default_symbol_is_the_planted_one():
     ids, labels = planted_ids()
     assert visualize.specific_symbol(ids, labels) == 7
-    assert visualize.specific_symbol(ids, torch.full((200,), -1)) in (1, 3)      # no classes: common
-    ids[ids == 7] = 1                                   # without 7, all that is common is unspecific
+    assert visualize.specific_symbol(ids, torch.full((200,), -1)) in (1, 3)     # no classes: common
+    ids[ids == 7] = 1                                   # without 7, what is common is unspecific
     assert visualize.specific_symbol(ids, labels) in (1, 3)
 
 
@@ -158,6 +159,14 @@ def test_figure5_shows_the_images_that_say_the_symbol(tmp_path):
     red, _, blue = np.moveaxis(np.asarray(page.crop((24, 238, 136, 350)), int), -1, 0)
     assert divmod(int((red - blue).argmax()), 112) < (28, 28)                    # looks at patch 0
     assert page.getpixel((24 + 120 + 56, 124 + 262 + 56)) == (255, 255, 255)     # no tenth image
+
+
+def test_figure5_looks_where_its_own_symbol_does(tmp_path):
+    path = visualize.figure5(teacher, FakeStudent(), dark_and_bright(), tmp_path, 31, count=1)
+    page = Image.open(path).convert("RGB")              # 31 is said at the fourth position: patch 3
+    red, _, blue = np.moveaxis(np.asarray(page.crop((24, 238, 136, 350)), int), -1, 0)
+    row, column = divmod(int((red - blue).argmax()), 112)
+    assert (row // 28, column // 28) == (0, 3)
 
 
 def test_figure5_names_a_symbol_that_is_said_when_the_asked_one_is_not(tmp_path):
@@ -208,6 +217,13 @@ def test_only_series_with_gaps_get_dots(tmp_path):
     assert thickness([(e, 1.0) for e in range(0, 9, 4)]) >= 5
 
 
+def test_epochs_are_whole_and_values_have_the_digits_of_their_step():
+    sheet = visualize.Sheet(300, 200)
+    visualize.plot(sheet, (50, 50, 250, 150), "loss", [("red", [(0, 1.0), (2, 1.5)])])
+    texts = [label[1] for label in sheet.labels]
+    assert texts == ["loss", "1.0", "1.1", "1.2", "1.3", "1.4", "1.5", "0", "1", "2"]
+
+
 def test_series_skips_what_was_not_measured():
     rows = [{"epoch": 0, "loss": 2.0, "perplexity": [1.0, 3.0]},
             {"epoch": 1, "loss": None, "knn_top1": 40.0, "perplexity": []},
@@ -250,27 +266,19 @@ def test_curves_of_two_runs_one_without_knn(tmp_path):
 
 # ---- the command ---------------------------------------------------------------------------------
 
-PRELUDE = ("import sys, visualize; sys.path.insert(0, 'tests'); import test_visualize as t; "
-           "visualize.load_checkpoint = lambda path, device: "
-           "({'image_size': 16, 'data': 'shapes', 'seed': 0}, t.teacher, t.FakeStudent()); ")
-
-
-def test_a_corrupt_image_is_one_clear_line(tmp_path):
-    """In a process of its own: the exit status and the whole of stderr are what a user gets."""
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "good.png")
-    broken = tmp_path / "broken.png"
-    broken.write_bytes((tmp_path / "good.png").read_bytes()[:60])
-    command = f"visualize.main(['x.pt', {str(broken)!r}, '--out', {str(tmp_path)!r}])"
-    done = subprocess.run([sys.executable, "-c", PRELUDE + command], cwd=ROOT, text=True,
-                          capture_output=True)
-    assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr.startswith("visualize.py: ") and str(broken) in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "figure1.png").exists()
-
-
 def fake_checkpoint(path, device):
     return {"image_size": 16, "data": "shapes", "seed": 0}, teacher, FakeStudent()
+
+
+def test_a_corrupt_image_is_one_clear_line(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "broken.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:60])
+    monkeypatch.setattr(visualize, "load_checkpoint", fake_checkpoint)
+    with pytest.raises(SystemExit) as stop:
+        visualize.main(["x.pt", str(tmp_path / "broken.png"), "--out", str(tmp_path / "new")])
+    message = stop.value.code       # a string: Python prints it to stderr and exits with status 1
+    assert message.startswith("visualize.py: ") and str(tmp_path / "broken.png") in message
+    assert "\n" not in message and not (tmp_path / "new").exists()
 
 
 def test_files_are_drawn_with_their_names_and_no_data_set(tmp_path, monkeypatch, capsys):
@@ -291,7 +299,7 @@ def test_test_images_are_the_default(tmp_path, monkeypatch, capsys):
     assert names == {"figure1.png", "figure5_symbol1.png"}
     page = Image.open(tmp_path / "figure1.png").convert("RGB")
     shades = [page.getpixel((80, 74 + 154 * i + 82))[0] for i in range(3)]
-    assert shades == [5, 5, 250]                        # spread over the classes, not the first three
+    assert shades == [5, 5, 250]                        # spread over the classes, not the first 3
 
 
 @pytest.mark.parametrize("args, words", [

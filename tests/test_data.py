@@ -1,0 +1,128 @@
+"""data.py: shapes is a function of (seed, index), the masks are where the object is, files fail by name."""
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+
+def test_a_picture_depends_on_seed_and_index_alone():
+    images, factors, masks = data.draw_shapes(range(20), seed=3)
+    again, same, _ = data.draw_shapes([7, 3], seed=3)
+    assert torch.equal(images[[7, 3]], again)
+    assert factors["shape"][[7, 3]].tolist() == same["shape"].tolist()
+    assert not torch.equal(images, data.draw_shapes(range(20), seed=4)[0])
+
+
+def test_pictures_are_the_same_on_every_machine():
+    """A few numbers of the first picture of stream 0, as first drawn: a change here changes every result."""
+    images, factors, masks = data.draw_shapes(range(4), seed=0)
+    assert [v.tolist() for v in factors.values()] == GOLDEN["factors"]
+    # sin and cos may differ in the last bit between processors: one grey level at the most
+    assert (images[0, :, 16, 8:24:5].int() - torch.tensor(GOLDEN["pixels"])).abs().max() <= 1
+    assert masks.sum((1, 2)).tolist() == GOLDEN["areas"]
+
+
+def test_train_and_test_are_different_streams():
+    train, test = (data.load("shapes", split, 32, 50) for split in ("train", "test"))
+    assert not torch.equal(train.images, test.images)
+    assert train.classes == data.FACTORS["shape"] and torch.equal(train.labels, train.factors["shape"])
+
+
+def test_factors_are_balanced_and_independent():
+    shapes = data.load("shapes", "train", 32, 4000)
+    for name, values in data.FACTORS.items():
+        share = shapes.factors[name].bincount(minlength=len(values)) / 4000
+        assert (share - 1 / len(values)).abs().max() < 0.03
+    table = torch.zeros(10, 8).index_put_((shapes.factors["shape"], shapes.factors["colour"]), torch.ones(()), True)
+    assert (table / 4000 - 1 / 80).abs().max() < 0.008
+
+
+def test_masks_cover_the_object():
+    """The object is the brightest and most saturated thing: its saturation beats the background's."""
+    shapes = data.load("shapes", "train", 32, 300)
+    saturation = (shapes.images.amax(1).float() - shapes.images.amin(1).float())        # (n, H, W)
+    inside = torch.stack([s[m].mean() for s, m in zip(saturation, shapes.masks)])
+    outside = torch.stack([s[~m].mean() for s, m in zip(saturation, shapes.masks)])
+    assert (inside > outside + 40).float().mean() > 0.99
+    rows = torch.arange(32.0).view(1, 32, 1).expand_as(shapes.masks)
+    centre = torch.stack([r[m].mean() for r, m in zip(rows, shapes.masks)])
+    means = [centre[shapes.factors["row"] == k].mean().item() for k in range(3)]
+    assert means[0] + 2 < means[1] < means[2] - 2
+
+
+def square(path, colour, size=(40, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_folder_with_classes_and_a_corrupt_file(tmp_path, capsys):
+    square(tmp_path / "train/red/1.png", (255, 0, 0), (64, 40))
+    square(tmp_path / "train/blue/1.png", (0, 0, 255))
+    (tmp_path / "train/red/broken.png").write_bytes((tmp_path / "train/red/1.png").read_bytes()[:60])
+    pictures = data.load(f"folder:{tmp_path}", "train", 32)
+    assert pictures.classes == ["blue", "red"] and pictures.labels.tolist() == [0, 1]
+    assert pictures.images[:, :, 20, 20].tolist() == [[0, 0, 255], [255, 0, 0]]
+    assert pictures.images.shape[-1] == 36                                      # 32 * 8 / 7
+    assert pictures.skipped == 1 and "broken.png" in capsys.readouterr().err
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    square(tmp_path / "a.jpg", (9, 9, 9))
+    pictures = data.load(f"folder:{tmp_path}", "train", 32)
+    assert pictures.labels.tolist() == [-1] and not pictures.labelled
+
+
+@pytest.mark.parametrize("name, split, error", [
+    ("nonsense", "train", ValueError), ("folder:/no/such/place", "train", FileNotFoundError)])
+def test_unknown_data_is_one_clear_line(name, split, error):
+    with pytest.raises(error) as caught:
+        data.load(name, split, 32)
+    assert "\n" not in str(caught.value) and "folder" in str(caught.value)
+
+
+def test_no_network_says_what_to_do(monkeypatch):
+    def refuse(split):
+        raise OSError("network is unreachable")
+    monkeypatch.setitem(data.PUBLIC, "cifar10", refuse)
+    with pytest.raises(OSError, match="--data shapes or --data folder:PATH"):
+        data.load("cifar10", "train", 32)
+
+
+def test_normalize_is_imagenets():
+    grey = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    assert torch.allclose(data.normalize(grey, 8)[0, :, 5, 5], expected)
+
+
+def test_augment_off_is_identity():
+    still = data.Augment(crop=(1, 1), flip=0, jitter=0, grey=0, blur=0, solarise=0)
+    images = data.draw_shapes(range(3))[0]
+    torch.manual_seed(0)
+    # full area, but the aspect ratio still varies: it can only squeeze, so compare the mean colour
+    views = still(images, 2, 32)
+    assert views.shape == (2, 3, 3, 32, 32)
+    assert (views.mean((3, 4)) - data.normalize(images).mean((2, 3))).abs().max() < 0.4
+
+
+@pytest.mark.parametrize("change, measure", [
+    (dict(flip=1.0), lambda x: x.flip(-1)),
+    (dict(solarise=1.0), lambda x: torch.where(x >= 0.5, 1 - x, x)),
+    (dict(grey=1.0), lambda x: (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, True).expand_as(x)),
+])
+def test_each_augmentation_alone(change, measure, monkeypatch):
+    """With crops switched to the identity, each augmentation equals its formula on the pixels."""
+    monkeypatch.setattr(data.Augment, "uniform", staticmethod(lambda x, low, high: torch.zeros(len(x)) + (low + high) / 2))
+    only = data.Augment(**(dict(crop=(1, 1), flip=0, jitter=0, grey=0, blur=0, solarise=0) | change))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    out = only(images, 1, 16)[0] * data.STD + data.MEAN
+    assert torch.allclose(out, measure(images.float() / 255), atol=1e-4)
+
+
+def test_hue_turns_about_grey_and_a_third_of_a_turn_permutes_the_channels(monkeypatch):
+    turn = data.Augment(crop=(1, 1), flip=0, jitter=1, strength=(0, 0, 0, 1), grey=0, blur=0, solarise=0)
+    monkeypatch.setattr(data.Augment, "uniform", staticmethod(
+        lambda x, low, high: torch.zeros(len(x)) + (1 / 3 if high == 1 and low == -1 else (low + high) / 2)))
+    images = torch.randint(64, 192, (1, 3, 8, 8), dtype=torch.uint8)
+    x = images.float() / 255
+    assert torch.allclose(turn.random_colour(x), x[:, [2, 0, 1]], atol=1e-5)

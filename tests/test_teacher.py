@@ -1,0 +1,231 @@
+"""Known answers for the files model.py reads: DINO's weights against DINO's own architecture, downloads
+from a stand-in on this machine, checkpoints whole, damaged, foreign and hostile."""
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+import train
+
+
+# ---- DINO's ViT, written down from its parameter names -------------------------------------------
+
+def dino_state(width=128, depth=2, patch=4, side=3):
+    """Random weights with the official names. Tokens start small, so that a LayerNorm with another eps shows."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + side**2, width),
+              "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    for i in range(depth):
+        for name, n, m in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)):
+            shapes |= {f"blocks.{i}.{name}.weight": (n * width, m * width), f"blocks.{i}.{name}.bias": (n * width,)}
+        shapes |= {f"blocks.{i}.norm{j}.{part}": (width,) for j in (1, 2) for part in ("weight", "bias")}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    scale = lambda shape: shape[-1] ** -0.5 if len(shape) == 2 else 0.02        # noqa: E731
+    return {name: ("norm" in name and "weight" in name) + scale(s) * torch.randn(s) for name, s in shapes.items()}
+
+
+def dino_forward(state, x):
+    """DINO's vision_transformer.py on the weights `state`: pictures -> all tokens after the last norm."""
+    w = lambda name: (state[name + ".weight"], state[name + ".bias"])           # noqa: E731
+    width = state["cls_token"].shape[-1]
+    norm = lambda x, name: F.layer_norm(x, (width,), *w(name), eps=1e-6)        # noqa: E731
+    patches = F.conv2d(x, *w("patch_embed.proj"), stride=state["patch_embed.proj.weight"].shape[-1])
+    x = torch.cat([state["cls_token"].repeat(len(x), 1, 1), patches.flatten(2).mT], 1) + state["pos_embed"]
+    for i in range(sum(name.endswith("norm1.weight") for name in state)):
+        qkv = F.linear(norm(x, f"blocks.{i}.norm1"), *w(f"blocks.{i}.attn.qkv"))
+        q, k, v = qkv.view(*x.shape[:2], 3, width // 64, 64).permute(2, 0, 3, 1, 4)
+        y = ((q @ k.mT) / 8).softmax(-1) @ v                                    # 8 = sqrt(64)
+        x = x + F.linear(y.transpose(1, 2).flatten(2), *w(f"blocks.{i}.attn.proj"))
+        y = F.gelu(F.linear(norm(x, f"blocks.{i}.norm2"), *w(f"blocks.{i}.mlp.fc1")))
+        x = x + F.linear(y, *w(f"blocks.{i}.mlp.fc2"))
+    return norm(x, "norm")
+
+
+def close(a, b, tolerance=1e-5):
+    return torch.allclose(a, b, atol=tolerance, rtol=0)
+
+
+def test_converted_teacher_is_dinos():
+    state, x = dino_state(), torch.randn(2, 3, 12, 12)
+    teacher = model.teacher_from_state(model.dino_to_torchvision(state))
+    assert close(teacher(x), dino_forward(state, x), 1e-4)
+    assert (teacher.width, teacher.patch, teacher.image_size) == (128, 4, 12)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_teacher_from_a_training_checkpoint_of_dino(tmp_path):
+    state, other, x = dino_state(), dino_state(), torch.randn(2, 3, 12, 12)
+    wrap = lambda s: {f"module.backbone.{k}": v for k, v in s.items()} | {      # noqa: E731
+        "module.head.mlp.0.weight": torch.randn(7, 128), "module.head.last_layer.weight_g": torch.ones(7, 1)}
+    torch.save({"student": wrap(other), "teacher": wrap(state), "epoch": 100, "optimizer": {"state": {}},
+                "args": argparse.Namespace(arch="vit_base", lr=5e-4, output_dir=None)}, tmp_path / "checkpoint.pth")
+    teacher = model.build_teacher(str(tmp_path / "checkpoint.pth"))
+    assert close(teacher(x), dino_forward(state, x), 1e-4)
+
+
+def test_teacher_from_our_own_half_precision_file(tmp_path):
+    half = {name: value.half() for name, value in dino_state().items()}
+    small = model.teacher_from_state(model.dino_to_torchvision(half))
+    torch.save({name: value.half() for name, value in small.vit.state_dict().items()}, tmp_path / "own.pt")
+    teacher, x = model.build_teacher(tmp_path / "own.pt"), torch.randn(2, 3, 12, 12)
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    assert close(teacher(x), dino_forward({name: value.float() for name, value in half.items()}, x), 1e-4)
+
+
+def test_positions_at_another_size():
+    state = dino_state()
+    grid = state["pos_embed"][0, 1:].view(3, 3, 128)
+    grid[..., 0], grid[..., 1] = torch.arange(3.0)[:, None], torch.arange(3.0)  # the row and column number
+    teacher = model.teacher_from_state(model.dino_to_torchvision(state))
+    assert torch.equal(teacher.positions(3, 3), state["pos_embed"])
+    table = teacher.positions(4, 6)
+    assert table.shape == (1, 1 + 4 * 6, 128) and torch.equal(table[:, 0], state["pos_embed"][:, 0])
+    rows, columns = table[0, 1:, :2].view(4, 6, 2).unbind(-1)
+    assert close(rows, rows[:, :1].expand(4, 6)) and close(columns, columns[:1].expand(4, 6))
+    assert (rows.diff(dim=0) > 0.1).all() and close(rows + rows.flip(0), torch.full((4, 6), 2.0))
+    assert (columns.diff(dim=1) > 0.1).all() and close(columns + columns.flip(1), torch.full((4, 6), 2.0))
+
+    x = torch.randn(2, 3, 4 * 4, 6 * 4)
+    assert close(teacher(x), dino_forward(state | {"pos_embed": table}, x), 1e-4)
+
+
+@pytest.mark.parametrize("name, tokens, width, millions", [                     # sizes in DINO's README: 85 M, 21 M
+    ("dino_vitb16", 197, 768, 85_798_656), ("dino_vits16", 197, 384, 21_665_664), ("dino_vitb8", 785, 768, 85_807_872)])
+def test_hub_architectures(name, tokens, width, millions):
+    with torch.device("meta"):                                                  # shapes only, no memory
+        teacher = model.build_teacher(name, random_weights=True)
+        assert teacher(torch.empty(2, 3, 224, 224)).shape == (2, tokens, width)
+    assert sum(p.numel() for p in teacher.parameters()) == millions
+
+
+# ---- teachers by name ----------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Stands in for DINO's server: the folder that it serves. Downloads are kept in another one."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "cache"))
+    (tmp_path / "server").mkdir()
+    monkeypatch.setattr(model, "DINO_URL", (tmp_path / "server").as_uri() + "/{0}_pretrain.pth")
+    return tmp_path / "server"
+
+
+def one_line(error):
+    return "\n" not in str(error.value) and str(error.value)
+
+
+def test_hub_teacher_is_downloaded_once(hub):
+    state, x = dino_state(), torch.randn(2, 3, 12, 12)
+    torch.save(state, hub / "deitsmall8_pretrain.pth")
+    first = model.build_teacher("dino_vits8")(x)
+    (hub / "deitsmall8_pretrain.pth").unlink()
+    assert torch.equal(model.build_teacher("dino_vits8")(x), first)
+    assert close(first, dino_forward(state, x), 1e-4)
+
+
+def test_hub_teacher_without_a_network(hub):
+    with pytest.raises(OSError) as error:
+        model.build_teacher("dino_vitb16")
+    assert all(words in one_line(error) for words in ("dino_vitb16", "--teacher FILE", "--random-teacher"))
+
+
+@pytest.mark.parametrize("content", [{"fc.weight": torch.ones(2)}, {"teacher": 3}, [1, 2], b"<html>404</html>"])
+def test_hub_serves_something_else(hub, content):
+    served = hub / "vitbase16_pretrain.pth"
+    served.write_bytes(content) if isinstance(content, bytes) else torch.save(content, served)
+    with pytest.raises(ValueError) as error:
+        model.build_teacher("dino_vitb16")
+    assert one_line(error)
+
+
+def test_unknown_and_incomplete_teachers(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no teacher 'dino'.*dino_vitb16"):
+        model.build_teacher("dino")
+    with pytest.raises(ValueError, match="--random-teacher needs one of dino_vitb16"):
+        model.build_teacher("shapes", random_weights=True)
+    state = dino_state()
+    for damage, words in (({"blocks.1.mlp.fc2.bias": None}, "incomplete.*layer_1.mlp.3.bias"),
+                          ({"norm.weight": None}, "no vision transformer"),
+                          ({"pos_embed": torch.zeros(1, 12, 128)}, "pos_embedding"),
+                          ({"patch_embed.proj.weight": torch.zeros(200, 3, 4, 4)}, "num_heads"),
+                          ({"cls_token": 5}, "teacher"), ({5: torch.zeros(1)}, "teacher")):
+        torch.save({k: v for k, v in (state | damage).items() if v is not None}, tmp_path / "bad.pt")
+        with pytest.raises(ValueError, match=words) as error:
+            model.build_teacher(tmp_path / "bad.pt")
+        assert one_line(error)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("disc", ["softmax", "gumbel", "vq"])
+def test_checkpoint_round_trip(tiny_trainer, tmp_path, disc):
+    trainer = tiny_trainer("--disc", disc)
+    trainer.train_epoch()
+    torch.save(trainer.state(), tmp_path / "ckpt.pt")
+    config, teacher, student = model.load_checkpoint(tmp_path / "ckpt.pt")
+    assert config == train.config_of(trainer.args) and config["disc"] == disc and config["vocab"] == 8
+    assert not any(m.training for m in (*teacher.modules(), *student.modules()))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        said, ours = student.describe(teacher(x), True), trainer.student.eval().describe(trainer.teacher(x), True)
+        assert torch.equal(said.ids, ours.ids) and torch.equal(said.logits, ours.logits)
+        assert torch.equal(student.interpret(said.embeddings), trainer.student.interpret(ours.embeddings))
+    assert student.mean.abs().sum() > 0 and teacher(x).equal(trainer.teacher(x))
+    assert model.build_teacher(tmp_path / "ckpt.pt")(x).equal(teacher(x))        # a run's file is a teacher's, too
+
+
+def damaged_checkpoints(state):
+    """(what is wrong, what is in the file, what the message says)"""
+    without = {k: v for k, v in state.items() if k != "student"}
+    changed = lambda **flags: state | {"config": state["config"] | flags}       # noqa: E731
+    return [("foreign", {"weight": torch.ones(3)}, "no checkpoint of train.py"),
+            ("a list", [1, 2, 3], "holds a list"),
+            ("no student", without, "no checkpoint of train.py"),
+            ("other vocabulary", changed(vocab=9), "does not fit"),
+            ("other depth", changed(interpreter_depth=2), "does not fit"),
+            ("other discretizer", changed(disc="vq"), "does not fit"),
+            ("flags missing", state | {"config": {"vocab": 8}}, "does not fit"),
+            ("flags no dictionary", state | {"config": 5}, "does not fit"),
+            ("teacher no dictionary", state | {"teacher": 5}, "does not fit"),
+            ("impossible length", changed(length=3), "power of two")]
+
+
+def test_checkpoints_that_cannot_be_loaded(tiny_trainer, tmp_path):
+    state, file = tiny_trainer().state(), tmp_path / "ckpt.pt"
+    for what, content, words in damaged_checkpoints(state):
+        torch.save(content, file)
+        with pytest.raises(ValueError) as error:
+            model.load_checkpoint(file)
+        assert words in one_line(error), what
+    torch.save(state, file)
+    whole = file.read_bytes()
+    for content in (whole[:len(whole) // 2], whole[:-20], b"", b"PK\x03\x04 not a checkpoint"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged or no PyTorch checkpoint") as error:
+            model.load_checkpoint(file)
+        assert one_line(error)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        model.load_checkpoint(tmp_path / "nothing.pt")
+
+
+class Hostile:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, 2))])
+def test_code_in_a_file_is_refused_and_not_run(tiny_trainer, tmp_path, save):
+    victim, file = tmp_path / "victim", tmp_path / "ckpt.pt"
+    hostile = Hostile(f"touch '{victim}'")
+    save(tiny_trainer().state() | {"epoch": hostile}, file)
+    for read in (model.load_checkpoint, model.build_teacher):
+        with pytest.raises(ValueError, match="damaged or no PyTorch checkpoint") as error:
+            read(file)
+        assert one_line(error) and not victim.exists()
+    pickle.loads(pickle.dumps(hostile))
+    assert victim.exists()                                                      # it would have worked
