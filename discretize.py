@@ -7,8 +7,8 @@
     python train.py --disc gumbel --tau-start 1
     python train.py --disc vq --vocab 256 --vq-update gradient
 
-To add one, write a class and its entry in DISCRETIZERS (an example: tests/test_discretize.py,
-last test). B: images times views, d: width, K: vocabulary, c: code dimension; sections: the paper's.
+To add one, write a class and its entry in DISCRETIZERS (the last test is a worked example).
+B: images times views, d: width, K: vocabulary, c: code dimension; (3.2) is the paper's section.
 """
 
 import argparse

@@ -67,11 +67,8 @@ class Teacher(nn.Module):
 def small_vit(image_size, patch, width, depth, heads, stem=()):
     """A torchvision ViT of any size (without its classifier), randomly initialised as DINO does.
     stem: channels of 3x3 convolutions of stride 2 in front (Xiao et al. 2021); patch = 2 ** len(stem)."""
-    convolutions = [ConvStemConfig(channels, 3, 2) for channels in stem]
-    if stem:
-        convolutions.append(ConvStemConfig(width, 1, 1))
-    vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width,
-                            conv_stem_configs=convolutions or None)
+    convolutions = [ConvStemConfig(channels, 3, 2) for channels in stem] or None
+    vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width, conv_stem_configs=convolutions)
     vit.heads = nn.Identity()
     for module in vit.modules():
         if isinstance(module, nn.Linear):

@@ -104,13 +104,16 @@ def parse(argv=None):
 
 def check(args):
     """Flags that would fail later, or silently do nothing. Raises ValueError."""
-    if min(args.views, args.batch_size, args.epochs, args.prototypes) < 1:
-        raise ValueError("--views, --batch-size, --epochs and --prototypes must be 1 or more")
-    for name in ("student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
+    for name in ("train_images", "test_images", "image_size", "views", "batch_size", "epochs", "descriptor_depth",
+                 "descriptor_heads", "interpreter_depth", "interpreter_heads", "prototypes", "hidden", "bottleneck",
+                 "student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:                                    # None: all images
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    try:
+        torch.empty(0, device=args.device)
+    except Exception as error:                      # no driver, no such GPU, no such word: each another kind
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from None
 
 
 def split_held_out(pictures, seed):
@@ -326,7 +329,11 @@ def run(args):
         trainer.load(state)
     else:
         fit_teacher_statistics(teacher, student, head, pictures, args)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
+        for name in ("ckpt.pt", "results.json"):                                # --overwrite: they are another run's
+            (out / name).unlink(missing_ok=True)
+    # A kill can come between an epoch's line in the log and its checkpoint; the epoch is then run again.
+    lines = (out / "metrics.jsonl").read_text().splitlines(True)[:trainer.epoch] if state else []
+    write(out / "metrics.jsonl", lambda part: part.write_text("".join(lines)))
     write(out / "config.json", lambda part: part.write_text(json.dumps(config_of(args), indent=1) + "\n"))
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6    # noqa: E731
     print(f"{len(pictures)} pictures, teacher {count(teacher):.1f} M parameters, student {count(student):.1f} M, "

@@ -1,4 +1,4 @@
-"""Tests run from anywhere, on one thread: the sizes are tiny and the order of sums stays the same."""
+"""Tests run from anywhere, on one thread: the sizes are tiny, and sums keep their order."""
 import sys
 from pathlib import Path
 
@@ -10,9 +10,9 @@ torch.set_num_threads(1)
 import model
 import train
 
-TINY = """--train-images 80 --test-images 40 --batch-size 16 --views 2 --image-size 8 --prototypes 16 --hidden 32
-    --bottleneck 16 --descriptor-depth 1 --interpreter-depth 1 --vocab 8 --epochs 2 --knn-every 0
-    --device cpu --no-evaluate""".split()
+TINY = """--train-images 80 --test-images 40 --batch-size 16 --views 2 --image-size 8 --vocab 8
+    --prototypes 16 --hidden 32 --bottleneck 16 --descriptor-depth 1 --interpreter-depth 1
+    --epochs 2 --knn-every 0 --device cpu --no-evaluate""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -22,20 +22,22 @@ def seed():
 
 @pytest.fixture
 def tiny(tmp_path):
-    """tiny(*flags) -> the words of a train.py command that takes a second: a random teacher of one block
-    and width 64 from a file, pictures of 8 x 8 pixels, so N = 4 patches. Later flags win."""
+    """tiny(*flags) -> the words of a train.py command that takes a second: a random teacher of one
+    block and width 64 from a file, pictures of 8 x 8 pixels, so N = 4 patches. Later flags win."""
     torch.save(model.small_vit(8, 4, 64, 1, 1).vit.state_dict(), tmp_path / "teacher.pt")
-    return lambda *flags: [*TINY, "--teacher", str(tmp_path / "teacher.pt"), "--out", str(tmp_path / "run"), *flags]
+    places = ["--teacher", str(tmp_path / "teacher.pt"), "--out", str(tmp_path / "run")]
+    return lambda *flags: [*TINY, *places, *flags]
 
 
 @pytest.fixture
 def tiny_trainer(tiny):
-    """tiny_trainer(*flags) -> a train.Trainer of that size, its pictures random, ready for a step."""
+    """tiny_trainer(*flags) -> a train.Trainer of that size with random pictures, ready to go."""
     def make(*flags):
         args = train.parse(tiny(*flags))
         teacher = model.build_teacher(args.teacher)
         student, head = model.build_student(vars(args), teacher.width)
         images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8)
-        train.fit_teacher_statistics(teacher, student, head, train.data.ImageSet(images, None, []), args)
+        pictures = train.data.ImageSet(images, None, [])
+        train.fit_teacher_statistics(teacher, student, head, pictures, args)
         return train.Trainer(args, teacher, student, head, images)
     return make

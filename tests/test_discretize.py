@@ -1,4 +1,4 @@
-"""Known answers for discretize.py: hand-computed numbers, planted clusters, short reimplementations."""
+"""Known answers for discretize.py: numbers by hand, planted clusters, short reimplementations."""
 
 import argparse
 import math
@@ -75,20 +75,20 @@ def test_float32_under_bfloat16_autocast(name):
 
 @pytest.mark.parametrize("name", list(discretize.DISCRETIZERS))
 def test_state_dict_continues_to_the_bit(name):
-    def step(disc):
-        for seed in range(2):  # two positions
-            disc(vectors(seed=seed))
+    def step(disc, number):
+        for position in range(2):
+            disc(vectors(seed=2 * number + position))
         disc.after_step()
 
-    first = make(name, vq_restart=0.9)
-    for _ in range(3):
-        step(first)
-    second = make(name, seed=5, vq_restart=0.9)
+    first = make(name, vq_restart=0.5, vq_decay=0.5)
+    for number in range(3):
+        step(first, number)
+    second = make(name, seed=5, vq_restart=0.5, vq_decay=0.5)
     second.load_state_dict(first.state_dict())
     random_state = torch.get_rng_state()
-    step(first)
+    step(first, 3)
     torch.set_rng_state(random_state)
-    step(second)
+    step(second, 3)
     for key, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
     random_state = torch.get_rng_state()
@@ -271,6 +271,12 @@ def test_vq_ema_by_hand_and_against_the_two_sums():
     assert disc.codebook[2].item() == 99.0  # unused: it stays, and never becomes 0 / 0
     disc.after_step()  # no forward since: nothing to do
     assert torch.allclose(disc.usage, usage)
+
+
+def test_vq_code_with_no_usage_left_stays():
+    disc = make_vq([[0.0], [10.0]], vq_decay=0.0)  # usage becomes 0 at once: m / N would be 0 / 0
+    disc(torch.tensor([[1.0], [2.0]])), disc.after_step()
+    assert disc.usage.tolist() == [1.0, 0.0] and disc.codebook.flatten().tolist() == [1.5, 10.0]
 
 
 def test_vq_gathers_nothing_in_evaluation_or_for_hard_symbols():

@@ -1,5 +1,5 @@
-"""Known answers for model.py: each network of the student against a plain reimplementation that keeps
-nothing, packs nothing and masks by hand. (Teachers and files: test_teacher.py.)"""
+"""Known answers for model.py: each network of the student against a plain reimplementation that
+keeps nothing, packs nothing and masks by hand. (Teachers and files: test_teacher.py.)"""
 import argparse
 import math
 
@@ -21,18 +21,18 @@ def close(a, b, tolerance=1e-5):
 # ---- descriptor ----------------------------------------------------------------------------------
 
 def attend(attention, x, source, mask=None):
-    """Multi-head attention by the book, from x (B, L, d) to source (B, S, d): output, weights (B, heads, L, S)."""
-    h, (to_k, to_v) = attention.heads, attention.to_kv.weight.chunk(2)
-    bias_k, bias_v = attention.to_kv.bias.chunk(2)
-    q = attention.to_q(x).view(*x.shape[:2], h, -1)
-    k, v = ((source @ w.T + b).view(*source.shape[:2], h, -1) for w, b in ((to_k, bias_k), (to_v, bias_v)))
+    """Multi-head attention by the book, from x (B, L, d) to source (B, S, d): output, and weights
+    (B, heads, L, S)."""
+    split = lambda y: y.view(*y.shape[:2], attention.heads, -1)                 # noqa: E731
+    (to_k, to_v), (bias_k, bias_v) = attention.to_kv.weight.chunk(2), attention.to_kv.bias.chunk(2)
+    q, k, v = map(split, (attention.to_q(x), source @ to_k.T + bias_k, source @ to_v.T + bias_v))
     scores = torch.einsum("blhc,bshc->bhls", q, k) / math.sqrt(q.shape[-1])
     weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
     return attention.out(torch.einsum("bhls,bshc->blhc", weights, v).flatten(2)), weights
 
 
 def read(blocks, x, tokens=None, mask=None):
-    """x through pre-norm blocks in one go, nothing kept: output, the last block's cross-attention."""
+    """x through pre-norm blocks in one go, nothing kept: output, last block's cross-attention."""
     looked = None
     for block in blocks:
         h = block.norm1(x)
@@ -48,8 +48,9 @@ def make_student(disc="softmax", **flags):
     args = argparse.ArgumentParser()
     discretize.add_flags(args)
     args = args.parse_args([f"--{k.replace('_', '-')}={v}" for k, v in flags.items()])
-    student = model.Student(D, discretize.build(disc, D, K, args), model.DINOHead(D, 10, 16, 8), T, (2, 4), (3, 2))
-    for name, p in student.named_parameters():                                  # no bias stays 0, nothing cancels
+    disc, head = discretize.build(disc, D, K, args), model.DINOHead(D, 10, 16, 8)
+    student = model.Student(D, disc, head, T, descriptor=(2, 4), interpreter=(3, 2))
+    for name, p in student.named_parameters():                                  # no bias stays 0
         if p.ndim == 1 or "position" in name:
             p.data.add_(0.3 * torch.randn_like(p))
     return student.eval()
@@ -65,7 +66,8 @@ class Forced(torch.nn.Module):
     def forward(self, h, hard=False):
         ids, self.t = self.ids[:, self.t], self.t + 1
         weights = F.one_hot(ids, K).float()
-        return Discrete(weights, weights @ self.inner.table, ids, h.new_zeros(()), self.inner(h).logits)
+        embedding, logits = weights @ self.inner.table, self.inner(h).logits
+        return Discrete(weights, embedding, ids, h.new_zeros(()), logits)
 
 
 @torch.no_grad()
@@ -74,9 +76,10 @@ def test_what_is_said_changes_only_what_comes_later(position):
     student, tokens = make_student(), torch.randn(B, N + 1, D)
     first = torch.randint(K, (B, T))
     second = torch.cat([first[:, :position], (first[:, position:] + 1) % K], 1)
-    a, b = (student.descriptor(tokens, Forced(student, ids), attention=True) for ids in (first, second))
+    a, b = (student.descriptor(tokens, Forced(student, ids), attention=True)
+            for ids in (first, second))
     for x, y in ((a.logits, b.logits), (a.attention, b.attention)):
-        assert torch.equal(x[:, :position + 1], y[:, :position + 1])            # said before the change
+        assert torch.equal(x[:, :position + 1], y[:, :position + 1])        # said before the change
         assert (x[:, position + 1:] - y[:, position + 1:]).abs().amax((0, 2)).min() > 1e-4
     assert torch.equal(a.ids, first) and torch.equal(b.ids, second)
 
@@ -85,7 +88,7 @@ def test_what_is_said_changes_only_what_comes_later(position):
 @pytest.mark.parametrize("hard", [False, True])
 def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard):
     student, tokens = make_student(tau=0.5), torch.randn(B, N + 1, D)
-    tokens = tokens + torch.randn(D)                                            # so that standardising matters
+    tokens = tokens + torch.randn(D)                                 # so that standardising matters
     student.fit_standardisation(tokens)
     said = student.describe(tokens, hard, attention=True)
     descriptor, z_t = student.descriptor, student.standardise(tokens)
@@ -95,19 +98,20 @@ def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard):
         x, looked = read(descriptor.blocks, inputs + descriptor.position[:t + 1], z_t, causal)
         choice = student.disc(descriptor.norm(x)[:, -1], hard)
         assert close(said.logits[:, t], choice.logits) and torch.equal(said.ids[:, t], choice.ids)
-        assert close(said.weights[:, t], choice.weights) and close(said.embeddings[:, t], choice.embedding)
-        patches = looked[:, :, -1, 1:].mean(1)                                  # mean of heads, without CLS: (B, N)
+        assert close(said.weights[:, t], choice.weights)
+        assert close(said.embeddings[:, t], choice.embedding)
+        patches = looked[:, :, -1, 1:].mean(1)                  # mean of heads: (B, N)
         assert close(said.attention[:, t], patches / patches.sum(-1, keepdim=True))
         inputs = torch.cat([inputs, choice.embedding[:, None]], 1)
     assert said.attention.shape == (B, T, N) and close(said.attention.sum(-1), torch.ones(B, T))
-    assert (looked[:, :, -1, 1:].mean(1).sum(-1) < 0.99).all()                  # there was a CLS to leave out
+    assert (looked[:, :, -1, 1:].mean(1).sum(-1) < 0.99).all()        # there was a CLS to leave out
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("disc", list(discretize.DISCRETIZERS))
 def test_hard_symbols_are_the_argmax_and_their_embeddings_rows_of_the_table(disc):
     student, tokens = make_student(disc), torch.randn(64, N + 1, D)
-    for training in (False, True):                                              # hard means no noise either way
+    for training in (False, True):                                  # hard means no noise either way
         said = student.train(training).describe(tokens, hard=True)
         assert torch.equal(said.ids, said.logits.argmax(-1)) and len(said.ids.unique()) > 1
         assert torch.equal(said.weights, torch.eye(K)[said.ids])
@@ -139,12 +143,14 @@ def test_a_prefix_does_not_know_what_follows():
 
 
 def test_standardised_tokens_have_mean_0_and_deviation_1():
-    cls, patches = torch.randn(200, 1, D) * torch.linspace(0.1, 9, D) + 5, torch.randn(200, N, D) * 0.1 - 2
+    cls = 5 + torch.randn(200, 1, D) * torch.linspace(0.1, 9, D)
+    patches = torch.randn(200, N, D) * 0.1 - 2
     student = make_student()
     student.fit_standardisation(torch.cat([cls, patches], 1))
     out = student.standardise(torch.cat([cls, patches], 1))
     for part in (out[:, :1], out[:, 1:]):
-        assert close(part.mean((0, 1)), torch.zeros(D), 1e-4) and close(part.std((0, 1)), torch.ones(D), 1e-4)
+        assert close(part.mean((0, 1)), torch.zeros(D), 1e-4)
+        assert close(part.std((0, 1)), torch.ones(D), 1e-4)
 
 
 @torch.no_grad()
@@ -153,7 +159,8 @@ def test_projector_is_the_cosine_to_each_prototype():
     with torch.autocast("cpu", torch.bfloat16):
         assert head(x).dtype == torch.float32 and head(x).abs().max() <= 1 + 1e-6
     out = head(x)
-    assert out.shape == (4, 3, 10) and close(out, F.cosine_similarity(head.mlp(x)[..., None, :], head.prototypes, dim=-1))
+    assert out.shape == (4, 3, 10)
+    assert close(out, F.cosine_similarity(head.mlp(x)[..., None, :], head.prototypes, dim=-1))
     head.prototypes[7] = 3 * head.mlp(x[0, 0])
     assert out.abs().max() < 0.99 < 1 - 1e-6 < head(x)[0, 0, 7] <= 1 + 1e-6
 
@@ -161,13 +168,16 @@ def test_projector_is_the_cosine_to_each_prototype():
 def test_anchors_know_their_own_centres():
     anchors = model.Anchors(D, 10)
     anchors.centres.copy_(F.normalize(torch.randn(10, D), dim=-1))
-    logits = anchors(7 * anchors.centres)                                       # the length of the input is no matter
-    assert torch.equal(logits.argmax(-1), torch.arange(10)) and close(logits.diagonal(), torch.ones(10))
+    logits = anchors(7 * anchors.centres)                     # whatever the length
+    assert torch.equal(logits.argmax(-1), torch.arange(10))
+    assert close(logits.diagonal(), torch.ones(10))
 
 
 @pytest.mark.parametrize("length, descriptor, interpreter, words", [
-    (6, (1, 4), (1, 4), "--length must be a power of two"), (0, (1, 4), (1, 4), "--length must be a power of two"),
-    (8, (1, 5), (1, 4), "--descriptor-heads 5 does not divide"), (8, (1, 4), (1, 3), "--interpreter-heads 3 does not divide")])
+    (6, (1, 4), (1, 4), "--length must be a power of two"),
+    (0, (1, 4), (1, 4), "--length must be a power of two"),
+    (8, (1, 5), (1, 4), "--descriptor-heads 5 does not divide"),
+    (8, (1, 4), (1, 3), "--interpreter-heads 3 does not divide")])
 def test_sizes_that_do_not_fit(length, descriptor, interpreter, words):
     with pytest.raises(ValueError, match=words):
         model.Student(D, None, None, length, descriptor, interpreter)

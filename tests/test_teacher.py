@@ -1,5 +1,5 @@
-"""Known answers for the files model.py reads: DINO's weights against DINO's own architecture, downloads
-from a stand-in on this machine, checkpoints whole, damaged, foreign and hostile."""
+"""Known answers for the files model.py reads: DINO's weights against DINO's own architecture,
+downloads from a stand-in on this machine, checkpoints whole, damaged, foreign and hostile."""
 import argparse
 import os
 import pickle
@@ -15,25 +15,32 @@ import train
 # ---- DINO's ViT, written down from its parameter names -------------------------------------------
 
 def dino_state(width=128, depth=2, patch=4, side=3):
-    """Random weights with the official names. Tokens start small, so that a LayerNorm with another eps shows."""
+    """Random weights with the official names; tokens so small that another LayerNorm eps shows."""
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + side**2, width),
-              "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+              "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": [width]}
+    linears = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+    norms = ["norm"]
     for i in range(depth):
-        for name, n, m in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)):
-            shapes |= {f"blocks.{i}.{name}.weight": (n * width, m * width), f"blocks.{i}.{name}.bias": (n * width,)}
-        shapes |= {f"blocks.{i}.norm{j}.{part}": (width,) for j in (1, 2) for part in ("weight", "bias")}
-    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
-    scale = lambda shape: shape[-1] ** -0.5 if len(shape) == 2 else 0.02        # noqa: E731
-    return {name: ("norm" in name and "weight" in name) + scale(s) * torch.randn(s) for name, s in shapes.items()}
+        norms += [f"blocks.{i}.norm1", f"blocks.{i}.norm2"]
+        for name, (n, m) in linears.items():
+            shapes[f"blocks.{i}.{name}.weight"] = (n * width, m * width)
+            shapes[f"blocks.{i}.{name}.bias"] = (n * width,)
+    state = {name: torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) == 2 else 0.02)
+             for name, shape in shapes.items()}
+    for name in norms:
+        state[f"{name}.weight"] = 1 + 0.02 * torch.randn(width)
+        state[f"{name}.bias"] = 0.02 * torch.randn(width)
+    return state
 
 
 def dino_forward(state, x):
-    """DINO's vision_transformer.py on the weights `state`: pictures -> all tokens after the last norm."""
+    """DINO's vision_transformer.py with the weights `state`: pictures -> tokens, all and normed."""
     w = lambda name: (state[name + ".weight"], state[name + ".bias"])           # noqa: E731
     width = state["cls_token"].shape[-1]
     norm = lambda x, name: F.layer_norm(x, (width,), *w(name), eps=1e-6)        # noqa: E731
     patches = F.conv2d(x, *w("patch_embed.proj"), stride=state["patch_embed.proj.weight"].shape[-1])
-    x = torch.cat([state["cls_token"].repeat(len(x), 1, 1), patches.flatten(2).mT], 1) + state["pos_embed"]
+    cls = state["cls_token"].repeat(len(x), 1, 1)
+    x = torch.cat([cls, patches.flatten(2).mT], 1) + state["pos_embed"]
     for i in range(sum(name.endswith("norm1.weight") for name in state)):
         qkv = F.linear(norm(x, f"blocks.{i}.norm1"), *w(f"blocks.{i}.attn.qkv"))
         q, k, v = qkv.view(*x.shape[:2], 3, width // 64, 64).permute(2, 0, 3, 1, 4)
@@ -58,27 +65,30 @@ def test_converted_teacher_is_dinos():
 
 def test_teacher_from_a_training_checkpoint_of_dino(tmp_path):
     state, other, x = dino_state(), dino_state(), torch.randn(2, 3, 12, 12)
-    wrap = lambda s: {f"module.backbone.{k}": v for k, v in s.items()} | {      # noqa: E731
-        "module.head.mlp.0.weight": torch.randn(7, 128), "module.head.last_layer.weight_g": torch.ones(7, 1)}
-    torch.save({"student": wrap(other), "teacher": wrap(state), "epoch": 100, "optimizer": {"state": {}},
-                "args": argparse.Namespace(arch="vit_base", lr=5e-4, output_dir=None)}, tmp_path / "checkpoint.pth")
+    head = {"module.head.mlp.0.weight": torch.randn(7, 128),
+            "module.head.last_layer.weight_g": torch.ones(7, 1)}
+    student, ema = ({f"module.backbone.{k}": v for k, v in s.items()} | head
+                    for s in (other, state))
+    args = argparse.Namespace(arch="vit_base", lr=5e-4, output_dir=None)
+    torch.save({"student": student, "teacher": ema, "optimizer": {"state": {}}, "epoch": 100,
+                "args": args}, tmp_path / "checkpoint.pth")
     teacher = model.build_teacher(str(tmp_path / "checkpoint.pth"))
     assert close(teacher(x), dino_forward(state, x), 1e-4)
 
 
 def test_teacher_from_our_own_half_precision_file(tmp_path):
-    half = {name: value.half() for name, value in dino_state().items()}
+    half = {k: v.half() for k, v in dino_state().items()}
     small = model.teacher_from_state(model.dino_to_torchvision(half))
-    torch.save({name: value.half() for name, value in small.vit.state_dict().items()}, tmp_path / "own.pt")
+    torch.save({k: v.half() for k, v in small.vit.state_dict().items()}, tmp_path / "own.pt")
     teacher, x = model.build_teacher(tmp_path / "own.pt"), torch.randn(2, 3, 12, 12)
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
-    assert close(teacher(x), dino_forward({name: value.float() for name, value in half.items()}, x), 1e-4)
+    assert close(teacher(x), dino_forward({k: v.float() for k, v in half.items()}, x), 1e-4)
 
 
 def test_positions_at_another_size():
     state = dino_state()
     grid = state["pos_embed"][0, 1:].view(3, 3, 128)
-    grid[..., 0], grid[..., 1] = torch.arange(3.0)[:, None], torch.arange(3.0)  # the row and column number
+    grid[..., 0], grid[..., 1] = torch.arange(3.0)[:, None], torch.arange(3.0)  # row, column number
     teacher = model.teacher_from_state(model.dino_to_torchvision(state))
     assert torch.equal(teacher.positions(3, 3), state["pos_embed"])
     table = teacher.positions(4, 6)
@@ -86,19 +96,25 @@ def test_positions_at_another_size():
     rows, columns = table[0, 1:, :2].view(4, 6, 2).unbind(-1)
     assert close(rows, rows[:, :1].expand(4, 6)) and close(columns, columns[:1].expand(4, 6))
     assert (rows.diff(dim=0) > 0.1).all() and close(rows + rows.flip(0), torch.full((4, 6), 2.0))
-    assert (columns.diff(dim=1) > 0.1).all() and close(columns + columns.flip(1), torch.full((4, 6), 2.0))
+    # Column 2 of 6 lies at (2 + 0.5) / 2 - 0.5 = 0.75; the cubic gives 0.8789 * 1 - 0.1055 * 2
+    assert close(columns[:, 2], torch.tensor(0.66796875), 1e-4)
+    assert teacher.positions(1, 9).shape == table[:, :10].shape
+    assert not close(teacher.positions(1, 9), state["pos_embed"], 0.1)  # nine patches, but in a row
+    assert (columns.diff(dim=1) > 0.1).all()
+    assert close(columns + columns.flip(1), torch.full((4, 6), 2.0))
 
     x = torch.randn(2, 3, 4 * 4, 6 * 4)
     assert close(teacher(x), dino_forward(state | {"pos_embed": table}, x), 1e-4)
 
 
-@pytest.mark.parametrize("name, tokens, width, millions", [                     # sizes in DINO's README: 85 M, 21 M
-    ("dino_vitb16", 197, 768, 85_798_656), ("dino_vits16", 197, 384, 21_665_664), ("dino_vitb8", 785, 768, 85_807_872)])
-def test_hub_architectures(name, tokens, width, millions):
-    with torch.device("meta"):                                                  # shapes only, no memory
+@pytest.mark.parametrize("name, tokens, width, size", [                         # DINO: 85 M, 21 M
+    ("dino_vitb16", 197, 768, 85_798_656), ("dino_vitb8", 785, 768, 85_807_872),
+    ("dino_vits16", 197, 384, 21_665_664)])
+def test_hub_architectures(name, tokens, width, size):
+    with torch.device("meta"):                                              # shapes only, no memory
         teacher = model.build_teacher(name, random_weights=True)
         assert teacher(torch.empty(2, 3, 224, 224)).shape == (2, tokens, width)
-    assert sum(p.numel() for p in teacher.parameters()) == millions
+    assert sum(p.numel() for p in teacher.parameters()) == size
 
 
 # ---- teachers by name ----------------------------------------------------------------------------
@@ -128,10 +144,11 @@ def test_hub_teacher_is_downloaded_once(hub):
 def test_hub_teacher_without_a_network(hub):
     with pytest.raises(OSError) as error:
         model.build_teacher("dino_vitb16")
-    assert all(words in one_line(error) for words in ("dino_vitb16", "--teacher FILE", "--random-teacher"))
+    assert {"dino_vitb16", "--teacher", "--random-teacher"} <= set(one_line(error).split())
 
 
-@pytest.mark.parametrize("content", [{"fc.weight": torch.ones(2)}, {"teacher": 3}, [1, 2], b"<html>404</html>"])
+@pytest.mark.parametrize("content", [
+    {"fc.weight": torch.ones(2)}, {"teacher": 3}, [1, 2], b"<html>404</html>"])
 def test_hub_serves_something_else(hub, content):
     served = hub / "vitbase16_pretrain.pth"
     served.write_bytes(content) if isinstance(content, bytes) else torch.save(content, served)
@@ -149,9 +166,10 @@ def test_unknown_and_incomplete_teachers(tmp_path):
     for damage, words in (({"blocks.1.mlp.fc2.bias": None}, "incomplete.*layer_1.mlp.3.bias"),
                           ({"norm.weight": None}, "no vision transformer"),
                           ({"pos_embed": torch.zeros(1, 12, 128)}, "pos_embedding"),
-                          ({"patch_embed.proj.weight": torch.zeros(200, 3, 4, 4)}, "num_heads"),
+                          (dino_state(width=200), "num_heads"),
                           ({"cls_token": 5}, "teacher"), ({5: torch.zeros(1)}, "teacher")):
-        torch.save({k: v for k, v in (state | damage).items() if v is not None}, tmp_path / "bad.pt")
+        bad = {k: v for k, v in (state | damage).items() if v is not None}
+        torch.save(bad, tmp_path / "bad.pt")
         with pytest.raises(ValueError, match=words) as error:
             model.build_teacher(tmp_path / "bad.pt")
         assert one_line(error)
@@ -165,15 +183,17 @@ def test_checkpoint_round_trip(tiny_trainer, tmp_path, disc):
     trainer.train_epoch()
     torch.save(trainer.state(), tmp_path / "ckpt.pt")
     config, teacher, student = model.load_checkpoint(tmp_path / "ckpt.pt")
-    assert config == train.config_of(trainer.args) and config["disc"] == disc and config["vocab"] == 8
+    assert config == train.config_of(trainer.args) and config["disc"] == disc
     assert not any(m.training for m in (*teacher.modules(), *student.modules()))
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        said, ours = student.describe(teacher(x), True), trainer.student.eval().describe(trainer.teacher(x), True)
+        original = trainer.student.eval()
+        said, ours = (s.describe(teacher(x), hard=True) for s in (student, original))
         assert torch.equal(said.ids, ours.ids) and torch.equal(said.logits, ours.logits)
-        assert torch.equal(student.interpret(said.embeddings), trainer.student.interpret(ours.embeddings))
+        z, z_ours = (s.interpret(said.embeddings) for s in (student, original))
+        assert torch.equal(z, z_ours)
     assert student.mean.abs().sum() > 0 and teacher(x).equal(trainer.teacher(x))
-    assert model.build_teacher(tmp_path / "ckpt.pt")(x).equal(teacher(x))        # a run's file is a teacher's, too
+    assert model.build_teacher(tmp_path / "ckpt.pt")(x).equal(teacher(x))  # a teacher's file, too
 
 
 def damaged_checkpoints(state):
@@ -228,4 +248,4 @@ def test_code_in_a_file_is_refused_and_not_run(tiny_trainer, tmp_path, save):
             read(file)
         assert one_line(error) and not victim.exists()
     pickle.loads(pickle.dumps(hostile))
-    assert victim.exists()                                                      # it would have worked
+    assert victim.exists()                                                    # it would have worked

@@ -1,0 +1,161 @@
+"""Known answers for the parts of train.py: one step against views taken one by one, the schedules,
+who is moved by a step and who is not, presets, alarms. (Whole runs: test_train.py.)"""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import losses
+import model
+import train
+
+
+# ---- one step ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("pairing", ["same", "cross"])
+def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairing):
+    trainer = tiny_trainer("--disc", "vq", "--views", "3", "--lam", "0.5", "--explore", "combined",
+                           "--pairing", pairing)
+    args, student, images = trainer.args, trainer.student, trainer.images[:5]
+    views = torch.randn(3, 5, 3, 8, 8)
+    monkeypatch.setattr(data, "augmentation", lambda name: lambda x, v, size: views)
+    total, log = train.forward(trainer.teacher, student, trainer.head, trainer.softmax,
+                               images, 0.07, args)
+
+    p_t, said, p_s = [], [], []
+    for view in views:
+        tokens = trainer.teacher(view)                                  # (B, N + 1, d)
+        cls = (tokens[:, 0] - student.mean[0]) / student.std[0]
+        cosines = F.cosine_similarity(cls[:, None], trainer.head.centres, dim=-1)
+        p_t.append((cosines / 0.07).softmax(-1))
+        said.append(student.describe(tokens))
+        p_s.append(student.projector(student.interpret(said[-1].embeddings)) / 0.1)     # (B, 4, P)
+    target = [p_t[i] if pairing == "same" else (sum(p_t) - p_t[i]) / 2 for i in range(3)]
+    loss = sum(0.5 ** (j + 1) * F.cross_entropy(p_s[i][:, j], target[i]) / 3
+               for i in range(3) for j in range(4)) / (0.5 + 0.25 + 0.125 + 0.0625)
+    aux = sum(s.aux for s in said) / 3
+    weights, logits = (torch.cat(parts) for parts in zip(*((s.weights, s.logits) for s in said)))
+    explore = losses.exploration_loss(weights, logits, "combined",
+                                      args.alpha, args.beta, args.balance)
+    assert aux > 0.01 and explore < -0.01
+    close = lambda a, b: abs(a - b) < 1e-4                              # noqa: E731
+    assert close(log["dino_loss"], loss) and close(log["aux"], aux)
+    assert close(total, loss + aux + explore) and log["loss"] == total
+    joint = [p.softmax(-1).mean(1) for p in p_s]                        # over the prefixes
+    kl = [F.kl_div(q.log(), p, reduction="batchmean") for p, q in zip(target, joint)]
+    entropy = torch.distributions.Categorical(torch.cat(p_t)).entropy().mean()
+    assert close(log["kl"], sum(kl) / 3) and close(log["teacher_entropy"], entropy)
+
+
+def test_one_step_moves_the_student_and_nothing_else(tiny_trainer):
+    trainer = tiny_trainer("--prototype-source", "ema", "--ema", "0.9", "--epochs", "1")
+    before = {name: {k: v.clone() for k, v in getattr(trainer, name).state_dict().items()}
+              for name in ("teacher", "student", "head")}
+    trainer.step(trainer.images[:16], 0)
+    now = dict(trainer.student.named_parameters())
+    assert [k for k in now if torch.equal(now[k], before["student"][k])] == []
+    for k, v in trainer.teacher.state_dict().items():
+        assert torch.equal(v, before["teacher"][k])
+    for k, v in trainer.head.named_parameters():
+        assert torch.allclose(v, 0.9 * before["head"][k] + 0.1 * now[f"projector.{k}"], atol=1e-6)
+
+
+def test_k_means_prototypes_stay_and_vq_codes_move(tiny_trainer):
+    trainer = tiny_trainer("--disc", "vq")
+    centres, codes = trainer.head.centres.clone(), trainer.student.disc.codebook.clone()
+    trainer.step(trainer.images[:16], 0)
+    assert torch.equal(trainer.head.centres, centres)
+    assert not torch.equal(trainer.student.disc.codebook, codes) and trainer.student.disc.ready
+
+
+def test_gradients_are_clipped(tiny_trainer):
+    norms = []
+    for clip in (1e9, 1e-3):
+        trainer = tiny_trainer("--clip", str(clip))
+        trainer.step(trainer.images[:16], 0)
+        norms.append(torch.cat([p.grad.flatten() for p in trainer.student.parameters()]).norm())
+    assert norms[0] > 0.1 and abs(norms[1] - 1e-3) < 1e-5
+
+
+def test_schedules_by_hand(tiny_trainer):
+    trainer = tiny_trainer("--epochs", "2", "--lr", "1", "--lr-end", "0", "--warmup-epochs", "1",
+                           "--weight-decay-end", "0.4", "--tau-start", "1", "--tau", "0.25",
+                           "--teacher-temp-start", "0.03")              # 2 epochs of 2 steps
+    seen = []
+    for step in range(4):
+        temperature = trainer.schedule(step)
+        matrices, vectors = trainer.optimizer.param_groups
+        assert vectors["weight_decay"] == 0 and vectors["lr"] == matrices["lr"]
+        seen.append((matrices["lr"], matrices["weight_decay"],
+                     trainer.student.disc.tau, temperature))
+    lr, decay, tau, temperature = zip(*seen)
+    assert lr == pytest.approx([0.5, 1, 1, 0.5])                 # 2 steps of warm-up, then a cosine
+    assert decay == pytest.approx([0.04, 0.22 - 0.18 * 0.5**0.5, 0.22, 0.22 + 0.18 * 0.5**0.5])
+    assert tau == pytest.approx([1, 0.5**0.5, 0.5, 0.5**1.5])
+    assert temperature == pytest.approx([0.03, 0.04, 0.05, 0.06])
+
+
+def test_prototypes_rest_in_the_first_epoch_of_ema_runs(tiny_trainer):
+    trainer = tiny_trainer("--prototype-source", "ema")
+    before = trainer.student.projector.prototypes.clone()
+    trainer.train_epoch()
+    assert torch.equal(trainer.student.projector.prototypes, before)
+    trainer.train_epoch()
+    assert not torch.equal(trainer.student.projector.prototypes, before)
+
+
+def test_held_out_pictures_are_not_trained_on():
+    images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1).expand(-1, 3, 2, 2)
+    kept, held = train.split_held_out(data.ImageSet(images, torch.arange(100), []), seed=3)
+    assert len(held) == 5
+    assert sorted(kept.labels.tolist() + held.labels.tolist()) == list(range(100))
+    for part in (kept, held):
+        assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
+
+
+# ---- presets -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_presets_are_flags_and_flags_win(preset):
+    args = train.parse(["--preset", preset])
+    assert all(getattr(args, name) == value for name, value in train.PRESETS[preset].items())
+    assert train.PRESETS[preset].keys() <= vars(train.parse([])).keys()
+    assert train.parse(["--vocab", "77", "--preset", preset, "--lr", "7"]).vocab == 77
+    train.check(args)
+
+
+def test_paper_preset_has_the_paper_s_sizes():
+    args = train.parse(["--preset", "paper", "--random-teacher"])
+    with torch.device("meta"):                      # shapes without memory
+        teacher = model.build_teacher(args.teacher, args.random_teacher)
+        student, head = model.build_student(vars(args), teacher.width)
+        pictures = torch.empty(2, 3, args.image_size, args.image_size)
+        assert teacher(pictures).shape == (2, 1 + 196, 768)
+        assert student.lengths == [1, 2, 4, 8] and student.disc.table.shape == (512, 768)
+        assert student.projector.mlp[0].weight.shape == (2048, 768)
+        assert student.projector.prototypes.shape == (8192, 256)
+        says, reads = student.descriptor.blocks, student.interpreter.blocks
+        assert (len(says), says[0].cross.heads) == (6, 8)
+        assert (len(reads), reads[0].attention.heads) == (12, 6)
+    assert isinstance(head, model.DINOHead) and not any(p.requires_grad for p in head.parameters())
+    assert (args.batch_size, args.views, args.epochs, args.clip) == (64, 4, 140, 2)
+    assert (args.weight_decay, args.weight_decay_end) == (0.04, 0.4)
+    assert (args.teacher_temp_start, args.teacher_temp) == (0.04, 0.07)
+    assert (args.student_temp, args.ema) == (0.1, 0.996)
+
+
+# ---- alarms --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, words", [
+    ({}, []), ({"teacher_entropy": 0.001}, ["all prototypes but one are dead"]),
+    ({"teacher_entropy": math.log(1000) - 0.001}, ["its targets say nothing"]),
+    ({"perplexity": [1.0, 1.2, 1.4]}, ["one symbol is said for every picture"]),
+    ({"perplexity": [1.0, 1.0, 9.0]}, []),
+    ({"perplexity": [1.0], "teacher_entropy": 0.0}, ["prototypes but one are dead", "one symbol"])])
+def test_alarms(changes, words):
+    record = {"teacher_entropy": 3.0, "teacher_entropy_max": math.log(1000), "perplexity": [50, 60]}
+    said = list(train.alarms(record | changes))
+    assert len(said) == len(words) and all(w in s for w, s in zip(words, said))
