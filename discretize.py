@@ -45,13 +45,17 @@ def require(condition, message):
 
 class Discretizer(nn.Module):
     """The contract. A subclass defines `discretize(h, hard)`, and `after_step` if it keeps state.
-    train.py sets `tau` at every step (see `anneal`); a loaded model has the final one, args.tau."""
+    train.py sets `tau` at every step (see `anneal`); a loaded model has the final one."""
+
+    good_tau = 0.12              # what --tau is when it is not given: measured for each class (paper: 0.12)
+    good_straight_through = True     # the same for --straight-through
 
     def __init__(self, width, vocab, args):
         super().__init__()
         require(vocab >= 2, f"--vocab must be 2 or more (one symbol says nothing), not {vocab}")
-        require(args.tau > 0, f"--tau must be above 0, not {args.tau}")
-        self.vocab, self.tau = vocab, args.tau
+        self.final_tau = self.good_tau if args.tau is None else args.tau
+        require(self.final_tau > 0, f"--tau must be above 0, not {args.tau}")
+        self.vocab, self.tau = vocab, self.final_tau
 
     def forward(self, h, hard=False):
         """h (B, d) -> Discrete. hard: one-hot argmax without noise, as in every reported figure."""
@@ -70,11 +74,12 @@ class Softmax(Discretizer):
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
-        self.straight_through = args.straight_through
+        chosen = args.straight_through
+        self.straight_through = self.good_straight_through if chosen is None else chosen
         # No bias: it could only prefer a symbol for all images alike, the first step of collapse
         self.to_logits = nn.Linear(width, vocab, bias=False)
         # h has unit variance (it leaves a LayerNorm), so the logits have deviation SPREAD
-        unit = (getattr(args, "tau_start", None) or args.tau) if self.tempered else 1
+        unit = (getattr(args, "tau_start", None) or self.final_tau) if self.tempered else 1
         nn.init.normal_(self.to_logits.weight, std=SPREAD * unit / math.sqrt(width))
         self.table = nn.Parameter(TABLE_STD * torch.randn(vocab, width))
 
@@ -97,6 +102,7 @@ class Gumbel(Softmax):
     In training the argmax of the weights is a sample of softmax(W h), whatever tau is (Gumbel-max);
     tau only sets how close to one-hot the weights are."""
 
+    good_tau, good_straight_through = 0.5, False
     tempered = False  # logits are W h: SPREAD against noise of standard deviation 1.28, at any tau
 
     def weigh(self, logits):
@@ -223,13 +229,13 @@ def add_flags(parser):
         help="softmax (no noise), gumbel (explores by sampling) or vq (nearest code)")
     add("--vocab", type=int, default=128,
         help="symbols K; an image is T log2(K) bits. Raise when nearly all are in use")
-    add("--tau", type=float, default=0.12, help="temperature, final if annealed, in units of "
-        "logits. Lower: closer to one symbol, gradients vanish. vq: scales the logits only")
+    add("--tau", type=float, help="temperature, final if annealed, in units of logits; not given: 0.12 "
+        "(gumbel: 0.5). Lower: closer to one symbol, gradients vanish. vq: scales the logits only")
     add("--tau-start", type=float, help="temperature at step 0, annealed exponentially to --tau; "
         "none: constant. Set (about 1) when few symbols survive the first epochs")
-    add("--straight-through", action=toggle, default=False, help="softmax, gumbel: one-hot "
-        "forward, soft gradient (paper: soft). Set when soft figures far exceed hard ones")
-    add("--vq-dim", type=int, default=8, help="code dimension, 0: the model's width. Low (Yu et "
+    add("--straight-through", action=toggle, help="one-hot forward, soft gradient (paper: soft); not given: on for "
+        "softmax, off for gumbel. Set when soft figures far exceed hard ones")
+    add("--vq-dim", type=int, default=16, help="code dimension, 0: the model's width. Low (Yu et "
         "al. 2022) keeps more codes in use; raise when K is in the thousands")
     add("--vq-l2", action=toggle, default=False, help="codes on a sphere: only directions "
         "compare. Set when the norms of vectors and codes drift apart")

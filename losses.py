@@ -91,7 +91,8 @@ def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
     """
     entropies = cross_entropy(pair_views(p_t, logits.shape[1], pairing), logits, temperature)
     weights = lam ** torch.arange(1, len(logits) + 1, device=logits.device, dtype=torch.float)
-    return (weights @ entropies.mean(1)) / weights.sum(), entropies.detach()
+    # a sum and not a product of matrices, which autocast would round to bf16's three digits
+    return (weights * entropies.mean(1)).sum() / weights.sum(), entropies.detach()
 
 
 # ------------------------------------------------------------------------------- exploration terms
@@ -114,25 +115,25 @@ def sequence_information(weights):
     return entropy(weights.mean(1)).mean()
 
 
-def balance_information(logits):
-    """Mutual information of picture and symbol within the batch, per position: entropy of the mean
-    prediction minus mean entropy of the predictions, logits (B, T, K). Nats, mean over positions.
+def usage_entropy(logits):
+    """Entropy of the batch's mean prediction, per position: up with the number of symbols in use, ln K
+    when all are used alike; logits (B, T, K). Nats, mean over positions.
 
-    Our addition (IMSAT, Hu et al. 2017): up with the number of symbols in use, down with indecision."""
-    p = F.softmax(logits.float(), dim=-1)
-    return (entropy(p.mean(0)) - entropy(p).mean(0)).mean()
+    Our addition. With the entropy of each prediction subtracted (mutual information, IMSAT, Hu et al. 2017)
+    all positions come to say the same: each is then best off repeating the easiest distinction."""
+    return entropy(F.softmax(logits.float(), dim=-1).mean(0)).mean()
 
 
 def exploration_loss(weights, logits, explore, alpha, beta, balance):
     """The paper's strategies (section 3.4): base 0; entropy -alpha H(p); info -beta I(s); combined both;
-    and -balance * `balance_information`, which is ours and comes on top of each."""
+    and -balance * `usage_entropy`, which is ours and comes on top of each."""
     loss = logits.new_zeros(())
     if explore in ("entropy", "combined"):
         loss = loss - alpha * symbol_entropy(logits)
     if explore in ("info", "combined"):
         loss = loss - beta * sequence_information(weights)
     if balance:
-        loss = loss - balance * balance_information(logits)
+        loss = loss - balance * usage_entropy(logits)
     return loss
 
 

@@ -206,6 +206,9 @@ def build_teacher(name, random_weights=False):
 
 # ------------------------------------------------------------- student: D_S, discretizer, E_S, P_S
 
+START_STD = 0.3     # of start token, CLS and positions: as the symbols' embeddings, so that neither drowns the other
+
+
 class Attention(nn.Module):
     """Multi-head attention whose keys and values are made apart from the queries, so that they can be kept."""
 
@@ -277,14 +280,19 @@ class Descriptor(nn.Module):
     def __init__(self, width, depth, heads, length):
         super().__init__()
         self.length = length
-        self.start = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.position = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.start = nn.Parameter(torch.randn(1, 1, width) * START_STD)
+        self.position = nn.Parameter(torch.randn(length, width) * START_STD)
+        # Standardised tokens look alike; the CLS, which knows most, is given a mark to be found by.
+        self.cls_mark = nn.Parameter(torch.randn(width))
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        # BatchNorm, one per position, and not LayerNorm (our choice): it takes away what all pictures have
+        # in common, which otherwise decides the symbol, the same for every picture and every position.
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False) for _ in range(length))
 
     def forward(self, tokens, disc, hard=False, attention=False):
         """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the
         next input, in training and in evaluation alike (our choice: no teacher forcing exists here)."""
+        tokens = torch.cat([tokens[:, :1] + self.cls_mark, tokens[:, 1:]], 1)
         contexts = [block.cross.keys_values(tokens) for block in self.blocks]   # once per picture
         pasts, said, looked = [None] * len(self.blocks), [], []
         watched = len(self.blocks) - 1 if attention else None                   # the deepest layer (Figure 1)
@@ -293,7 +301,7 @@ class Descriptor(nn.Module):
             x = embedding + self.position[t]
             for i, block in enumerate(self.blocks):
                 x, pasts[i] = block(x, contexts[i], pasts[i], looked=looked if i == watched else None)
-            said.append(disc(self.norm(x)[:, 0], hard))
+            said.append(disc(self.norms[t](x[:, 0].float()), hard))
             embedding = said[-1].embedding[:, None]
         if attention:
             # CLS stands for no place in the picture: leave it out, bring the rest back to a sum of 1.
@@ -314,8 +322,8 @@ class Interpreter(nn.Module):
     def __init__(self, width, depth, heads, length):
         super().__init__()
         self.lengths = [2**j for j in range(length.bit_length())]
-        self.cls = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.position = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.cls = nn.Parameter(torch.randn(1, 1, width) * START_STD)
+        self.position = nn.Parameter(torch.randn(length, width) * START_STD)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         group = torch.cat([torch.full((n + 1,), n) for n in self.lengths])
@@ -392,11 +400,12 @@ class Anchors(nn.Module):
 def build_student(config, width):
     """Student and P_T for a teacher of this width; config: the flags of train.py as a dictionary."""
     args = argparse.Namespace(**config)
-    projector = DINOHead(width, args.prototypes, args.hidden, args.bottleneck)
+    anchored = args.prototype_source == "kmeans"    # then P_S starts from the centres, as wide as the CLS
+    projector = DINOHead(width, args.prototypes, args.hidden, width if anchored else args.bottleneck)
     disc = discretize.build(args.disc, width, args.vocab, args)
     student = Student(width, disc, projector, args.length, (args.descriptor_depth, args.descriptor_heads),
                       (args.interpreter_depth, args.interpreter_heads))
-    if args.prototype_source == "kmeans":
+    if anchored:
         return student, Anchors(width, args.prototypes)
     return student, copy.deepcopy(projector).requires_grad_(False)
 

@@ -32,7 +32,7 @@ import visualize
 # What a preset changes in the flags' defaults. `small` is the defaults themselves.
 PRESETS = {
     "small": {},
-    "paper": dict(data="cifar10", train_images=None, test_images=None, image_size=224, teacher="dino_vitb16",
+    "paper": dict(data="cifar10", straight_through=False, train_images=None, test_images=None, image_size=224, teacher="dino_vitb16",
                   vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
                   prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",
                   pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, balance=0.0, epochs=140,
@@ -61,7 +61,7 @@ def parse(argv=None):
     add("--interpreter-heads", type=int, default=4)
     add("--prototypes", type=int, default=1024, help="P, outputs of the projector; more for more varied data")
     add("--hidden", type=int, default=512, help="width of the projector's MLP")
-    add("--bottleneck", type=int, default=128, help="width in front of the prototypes")
+    add("--bottleneck", type=int, default=128, help="width in front of the prototypes; with k-means prototypes it is the teacher's width")
     discretize.add_flags(p)
     add = p.add_argument_group("loss").add_argument
     add("--prototype-source", choices=["ema", "kmeans"], default="kmeans",
@@ -79,11 +79,11 @@ def parse(argv=None):
     add("--explore", choices=["base", "entropy", "info", "combined"], default="base", help="section 3.4")
     add("--alpha", type=float, default=0.01, help="weight of the symbols' entropy with --explore entropy, combined")
     add("--beta", type=float, default=0.05, help="weight of a sequence's information with --explore info, combined")
-    add("--balance", type=float, default=0.1,
-        help="weight of the information between picture and symbol in the batch; 0: off, as in the paper")
+    add("--balance", type=float, default=1.0,
+        help="weight of the entropy of the batch's mean prediction: keeps all symbols in use; 0: off, as in the paper")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=3)
-    add("--lr", type=float, default=1e-3, help="peak; scale it with the batch")
+    add("--lr", type=float, default=2e-3, help="peak; lower it for larger networks")
     add("--lr-end", type=float, default=1e-5)
     add("--warmup-epochs", type=float, default=0.2)
     add("--weight-decay", type=float, default=0.04)
@@ -140,6 +140,7 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
             if len(cls) < len(head.centres):
                 raise ValueError(f"--prototypes {len(head.centres)} is more than the {len(cls)} pictures; lower it")
             head.centres.copy_(torch.nn.functional.normalize(discretize.kmeans(cls, len(head.centres)), dim=-1))
+            student.projector.prototypes.copy_(head.centres)                    # a random start would cost 1000 steps
 
 
 def forward(teacher, student, head, softmax, images, temperature, args):
@@ -203,7 +204,7 @@ class Trainer:
         warmup = int(args.warmup_epochs * self.steps_per_epoch)
         losses.set_schedule(self.optimizer, losses.warmup_cosine(args.lr, args.lr_end, step, steps, warmup),
                             losses.cosine(args.weight_decay, args.weight_decay_end, step / steps))
-        self.student.disc.tau = discretize.anneal(args.tau_start, args.tau, step / steps)
+        self.student.disc.tau = discretize.anneal(args.tau_start, self.student.disc.final_tau, step / steps)
         return losses.warmup_linear(args.teacher_temp_start, args.teacher_temp, step,
                                     min(30, args.epochs) * self.steps_per_epoch)
 

@@ -5,6 +5,12 @@ from PIL import Image
 
 import data
 
+GOLDEN = {
+    "factors": [[0, 8, 8, 4], [1, 6, 3, 3], [0, 2, 0, 1], [1, 1, 1, 1], [1, 2, 2, 0]],
+    "pixels": [[78, 253, 244, 82], [81, 147, 141, 84], [76, 63, 60, 80]],
+    "areas": [133, 162, 72, 92],
+}
+
 
 def test_a_picture_depends_on_seed_and_index_alone():
     images, factors, masks = data.draw_shapes(range(20), seed=3)

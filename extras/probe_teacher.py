@@ -1,0 +1,53 @@
+"""What a teacher's CLS keeps of each factor of `shapes`: linear probe and k-NN on held-out pictures.
+
+    python -m extras.probe_teacher shapes --json results/teacher-shapes/probe.json
+
+Chance is 1 / number of values. The train split fits the probe and is the k-NN's gallery; the test split asks.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import data
+import evaluate
+import model
+
+
+@torch.no_grad()
+def cls_features(teacher, images, size, batch_size=250):
+    """The teacher's CLS of uint8 pictures (n, 3, H, W): (n, d)."""
+    with evaluate.autocast(torch.device("cpu")):
+        return torch.cat([teacher(data.normalize(x, size))[:, 0].float() for x in images.split(batch_size)])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("teacher", help="a name in weights/ or a file of extras.pretrain")
+    p.add_argument("--train-images", type=int, default=None, help="at most so many; default all 50 000")
+    p.add_argument("--test-images", type=int, default=None, help="at most so many; default all 10 000")
+    p.add_argument("--json", type=Path, help="also write the figures there")
+    args = p.parse_args()
+    try:
+        teacher = model.build_teacher(args.teacher)
+        sets = [data.load("shapes", split, 32, n) for split, n in
+                (("train", args.train_images), ("test", args.test_images))]
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"extras.probe_teacher: {error}") from None
+    train, test = (cls_features(teacher, s.images, 32) for s in sets)
+    figures = {}
+    for name, values in data.FACTORS.items():
+        labels = [s.factors[name] for s in sets]
+        figures[name] = {"chance": 100 / len(values),
+                         "linear_top1": evaluate.linear_probe(train, labels[0], test, labels[1])[0]}
+        if name == "shape":
+            knn = evaluate.knn_accuracies(train, labels[0], test, labels[1])
+            figures[name] |= {f"knn_top1_k{k}": top1 for k, (top1, _) in knn.items()}
+        print(f"{name:8}" + "".join(f"  {key} {value:.2f}" for key, value in figures[name].items()), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
