@@ -384,17 +384,32 @@ class Student(nn.Module):
 
 
 class Anchors(nn.Module):
-    """P_T with prototypes that do not move: k-means centres of the teacher's standardised CLS (our addition).
+    """P_T with prototypes that do not move: k-means centres c_k of the teacher's CLS (our addition).
 
     The paper's P_T, an EMA of P_S, forgets whatever the student does not say yet, and the target gets
-    easy instead of the student good. These cannot forget. (..., d) -> (..., P) cosines."""
+    easy instead of the student good. These cannot forget. With u the L2-normalised CLS and m its mean,
+    logit k = <u - m, c_k - m> / scale: over a temperature this orders the centres as the cosine <u, c_k>
+    of k-NN does, and `scale` (the mean product of norms) brings it to a cosine's range."""
 
     def __init__(self, width, prototypes):
         super().__init__()
-        self.register_buffer("centres", torch.zeros(prototypes, width))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("centres", torch.zeros(prototypes, width))         # c_k - m
+        self.register_buffer("scale", torch.ones(()))
 
-    def forward(self, x):
-        return F.normalize(x.float(), dim=-1) @ self.centres.T
+    @torch.no_grad()
+    def fit(self, cls):
+        """k-means of CLS outputs (n, d), n at least P; raises ValueError for fewer."""
+        if len(cls) < len(self.centres):
+            raise ValueError(f"--prototypes {len(self.centres)} is more than the {len(cls)} pictures; lower it")
+        u = F.normalize(cls.float(), dim=-1)
+        self.mean.copy_(u.mean(0))
+        self.centres.copy_(discretize.kmeans(u - self.mean, len(self.centres)))
+        self.scale.copy_((u - self.mean).norm(dim=-1).mean() * self.centres.norm(dim=-1).mean())
+
+    def forward(self, cls):
+        """(..., d) -> (..., P)"""
+        return (F.normalize(cls.float(), dim=-1) - self.mean) @ self.centres.T / self.scale
 
 
 def build_student(config, width):

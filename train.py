@@ -35,7 +35,7 @@ PRESETS = {
     "paper": dict(data="cifar10", straight_through=False, train_images=None, test_images=None, image_size=224, teacher="dino_vitb16",
                   vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
                   prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",
-                  pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, balance=0.0, epochs=140,
+                  pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, student_temp=0.1, balance=0.0, epochs=140,
                   batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
 }
 
@@ -73,9 +73,9 @@ def parse(argv=None):
         help="a view answers for itself (the paper's formula) or for the other views (DINO)")
     add("--centering", choices=["centre", "sinkhorn", "none"], default="none",
         help="against collapse of --prototype-source ema: DINO's centre, or Sinkhorn (stronger); fixed prototypes need none")
-    add("--teacher-temp", type=float, default=0.07, help="after warm-up; lower: sharper, harder targets")
-    add("--teacher-temp-start", type=float, default=0.07, help="before warm-up (30 epochs at most)")
-    add("--student-temp", type=float, default=0.1)
+    add("--teacher-temp", type=float, default=0.05, help="after warm-up; lower: sharper, harder targets")
+    add("--teacher-temp-start", type=float, default=0.05, help="before warm-up (30 epochs at most)")
+    add("--student-temp", type=float, default=0.06, help="DINO: 0.1, which blurs fixed prototypes")
     add("--explore", choices=["base", "entropy", "info", "combined"], default="base", help="section 3.4")
     add("--alpha", type=float, default=0.01, help="weight of the symbols' entropy with --explore entropy, combined")
     add("--beta", type=float, default=0.05, help="weight of a sequence's information with --explore info, combined")
@@ -135,11 +135,7 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
         student.fit_standardisation(sample)
         if isinstance(head, model.Anchors):
             cls = torch.cat([encode(x)[:, 0] for x in pictures.images[:20000].split(4 * args.batch_size)])
-            cls = (cls.float() - student.mean[0]) / student.std[0]
-            cls = torch.nn.functional.normalize(cls, dim=-1)
-            if len(cls) < len(head.centres):
-                raise ValueError(f"--prototypes {len(head.centres)} is more than the {len(cls)} pictures; lower it")
-            head.centres.copy_(torch.nn.functional.normalize(discretize.kmeans(cls, len(head.centres)), dim=-1))
+            head.fit(cls)
             student.projector.prototypes.copy_(head.centres)                    # a random start would cost 1000 steps
 
 
@@ -149,7 +145,8 @@ def forward(teacher, student, head, softmax, images, temperature, args):
     views = data.augmentation(args.data)(images, v, args.image_size)            # (V, B, 3, S, S)
     with torch.no_grad():
         tokens = teacher(views.flatten(0, 1))                                   # z_t (V*B, N+1, d)
-        p_t = softmax(head(student.standardise(tokens)[:, 0]).unflatten(0, (v, b)), temperature)
+        cls = tokens if isinstance(head, model.Anchors) else student.standardise(tokens)
+        p_t = softmax(head(cls[:, 0]).unflatten(0, (v, b)), temperature)        # (V, B, P)
     said = student.describe(tokens)                                             # T symbols each
     z_s = student.interpret(said.embeddings)                                    # (V*B, D, d)
     logits = student.projector(z_s).transpose(0, 1).unflatten(1, (v, b))        # p_s (D, V, B, P)

@@ -151,15 +151,23 @@ UNDECIDED = torch.zeros(16, T, K)
 SAME_SYMBOL = 100 * torch.eye(K)[torch.zeros(16, T, dtype=torch.long)]
 # Picture i says symbols i, i + 1, i + 2, i + 3 modulo 8: sure, never repeating, each equally often.
 VARIED = 100 * torch.eye(K)[(torch.arange(16)[:, None] + torch.arange(T)) % K]
+# Each position its own symbol, the same for all pictures: usage must not count across positions.
+BY_PLACE = 100 * torch.eye(K)[torch.arange(T).expand(16, T)]
 
 
-@pytest.mark.parametrize("logits, symbol, within, balance", [
-    (UNDECIDED, math.log(K), math.log(K), 0), (SAME_SYMBOL, 0, 0, 0),
-    (VARIED, 0, math.log(T), math.log(K))])
-def test_entropies_at_their_extremes(logits, symbol, within, balance):
+@pytest.mark.parametrize("logits, symbol, within, usage", [
+    (UNDECIDED, math.log(K), math.log(K), math.log(K)), (SAME_SYMBOL, 0, 0, 0),
+    (VARIED, 0, math.log(T), math.log(K)), (BY_PLACE, 0, math.log(T), 0)])
+def test_entropies_at_their_extremes(logits, symbol, within, usage):
     assert close(losses.symbol_entropy(logits), symbol, 1e-5)
     assert close(losses.sequence_information(logits.softmax(-1)), within, 1e-5)
-    assert close(losses.balance_information(logits), balance, 1e-5)
+    assert close(losses.usage_entropy(logits), usage, 1e-5)
+
+
+def test_usage_entropy_by_hand():
+    p = torch.tensor([[[1.0, 0, 0], [0.5, 0.5, 0]], [[0, 0.5, 0.5], [0.5, 0.5, 0]]])    # (B, T, K)
+    # means over the batch: (1/2, 1/4, 1/4) at position 1 and (1/2, 1/2, 0) at position 2
+    assert close(losses.usage_entropy(p.log()), (1.5 * LN2 + LN2) / 2)
 
 
 def test_entropy_by_hand():

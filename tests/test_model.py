@@ -45,14 +45,17 @@ def read(blocks, x, tokens=None, mask=None):
 
 
 def make_student(disc="softmax", **flags):
-    args = argparse.ArgumentParser()
-    discretize.add_flags(args)
-    args = args.parse_args([f"--{k.replace('_', '-')}={v}" for k, v in flags.items()])
+    parser = argparse.ArgumentParser()
+    discretize.add_flags(parser)
+    args = argparse.Namespace(**vars(parser.parse_args([])) | flags)
     disc, head = discretize.build(disc, D, K, args), model.DINOHead(D, 10, 16, 8)
     student = model.Student(D, disc, head, T, descriptor=(2, 4), interpreter=(3, 2))
     for name, p in student.named_parameters():                                  # no bias stays 0
         if p.ndim == 1 or "position" in name:
             p.data.add_(0.3 * torch.randn_like(p))
+    for norm in student.descriptor.norms:                                       # as if after training
+        norm.running_mean.normal_(std=0.5)
+        norm.running_var.uniform_(0.5, 2)
     return student.eval()
 
 
@@ -85,18 +88,22 @@ def test_what_is_said_changes_only_what_comes_later(position):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("hard", [False, True])
-def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard):
-    student, tokens = make_student(tau=0.5), torch.randn(B, N + 1, D)
+def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, training):
+    student, tokens = make_student(tau=0.5, straight_through=False), torch.randn(B, N + 1, D)
     tokens = tokens + torch.randn(D)                                 # so that standardising matters
     student.fit_standardisation(tokens)
-    said = student.describe(tokens, hard, attention=True)
     descriptor, z_t = student.descriptor, student.standardise(tokens)
+    kept = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in descriptor.norms]
+    said = student.train(training).describe(tokens, hard, attention=True)
+    z_t[:, 0] += descriptor.cls_mark
     inputs = descriptor.start.expand(B, 1, D)
     for t in range(T):
         causal = torch.ones(t + 1, t + 1, dtype=torch.bool).tril()
         x, looked = read(descriptor.blocks, inputs + descriptor.position[:t + 1], z_t, causal)
-        choice = student.disc(descriptor.norm(x)[:, -1], hard)
+        mean, var = (x[:, -1].mean(0), x[:, -1].var(0, False)) if training else kept[t]
+        choice = student.disc((x[:, -1] - mean) / (var + 1e-5).sqrt(), hard)
         assert close(said.logits[:, t], choice.logits) and torch.equal(said.ids[:, t], choice.ids)
         assert close(said.weights[:, t], choice.weights)
         assert close(said.embeddings[:, t], choice.embedding)
@@ -165,12 +172,24 @@ def test_projector_is_the_cosine_to_each_prototype():
     assert out.abs().max() < 0.99 < 1 - 1e-6 < head(x)[0, 0, 7] <= 1 + 1e-6
 
 
-def test_anchors_know_their_own_centres():
-    anchors = model.Anchors(D, 10)
-    anchors.centres.copy_(F.normalize(torch.randn(10, D), dim=-1))
-    logits = anchors(7 * anchors.centres)                     # whatever the length
-    assert torch.equal(logits.argmax(-1), torch.arange(10))
-    assert close(logits.diagonal(), torch.ones(10))
+def test_anchors_are_the_planted_clusters():
+    angle = torch.deg2rad(torch.tensor([0.0, 10, 90, 100]))             # from any two, Lloyd ends in pairs
+    u = torch.stack([angle.cos(), angle.sin()], 1)
+    anchors, length = model.Anchors(2, 2), torch.tensor([[1.0], [7], [0.1], [3]])   # lengths do not count
+    anchors.fit(length * u)
+    m = u.mean(0)
+    c = torch.stack([u[:2].mean(0), u[2:].mean(0)]) - m
+    c = c if close(anchors.centres[0], c[0]) else c.flip(0)             # in any order
+    assert close(anchors.mean, m) and close(anchors.centres, c)
+    scale = (u - m).norm(dim=1).mean() * c.norm(dim=1).mean()
+    assert close(anchors(length * u), (u - m) @ c.T / scale)
+    own = anchors(length * u).max(1).values                             # like cosines: near 1 for its own
+    assert (own > 0.9).all() and close(own.mean(), torch.tensor(1.0), 0.05)
+
+
+def test_more_anchors_than_pictures():
+    with pytest.raises(ValueError, match="--prototypes 4 is more than the 3 pictures"):
+        model.Anchors(2, 4).fit(torch.randn(3, 2))
 
 
 @pytest.mark.parametrize("length, descriptor, interpreter, words", [

@@ -18,8 +18,11 @@ import train
 @pytest.mark.parametrize("pairing", ["same", "cross"])
 def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairing):
     trainer = tiny_trainer("--disc", "vq", "--views", "3", "--lam", "0.5", "--explore", "combined",
-                           "--pairing", pairing)
+                           "--pairing", pairing, "--student-temp", "0.1")
     args, student, images = trainer.args, trainer.student, trainer.images[:5]
+    for norm in student.descriptor.norms.eval():        # in training they would couple the views
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
     views = torch.randn(3, 5, 3, 8, 8)
     monkeypatch.setattr(data, "augmentation", lambda name: lambda x, v, size: views)
     total, log = train.forward(trainer.teacher, student, trainer.head, trainer.softmax,
@@ -28,9 +31,9 @@ def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairi
     p_t, said, p_s = [], [], []
     for view in views:
         tokens = trainer.teacher(view)                                  # (B, N + 1, d)
-        cls = (tokens[:, 0] - student.mean[0]) / student.std[0]
-        cosines = F.cosine_similarity(cls[:, None], trainer.head.centres, dim=-1)
-        p_t.append((cosines / 0.07).softmax(-1))
+        u = tokens[:, 0] / tokens[:, 0].norm(dim=1, keepdim=True) - trainer.head.mean
+        products = torch.einsum("bd,pd->bp", u, trainer.head.centres) / trainer.head.scale
+        p_t.append((products / 0.07).softmax(-1))
         said.append(student.describe(tokens))
         p_s.append(student.projector(student.interpret(said[-1].embeddings)) / 0.1)     # (B, 4, P)
     target = [p_t[i] if pairing == "same" else (sum(p_t) - p_t[i]) / 2 for i in range(3)]
@@ -57,6 +60,8 @@ def test_one_step_moves_the_student_and_nothing_else(tiny_trainer):
     trainer.step(trainer.images[:16], 0)
     now = dict(trainer.student.named_parameters())
     assert [k for k in now if torch.equal(now[k], before["student"][k])] == []
+    for k, v in trainer.student.descriptor.norms.named_buffers(prefix="descriptor.norms"):
+        assert not torch.equal(v, before["student"][k])                 # what evaluation will use
     for k, v in trainer.teacher.state_dict().items():
         assert torch.equal(v, before["teacher"][k])
     for k, v in trainer.head.named_parameters():
@@ -71,6 +76,17 @@ def test_k_means_prototypes_stay_and_vq_codes_move(tiny_trainer):
     assert not torch.equal(trainer.student.disc.codebook, codes) and trainer.student.disc.ready
 
 
+def test_prototypes_start_as_the_k_means_centres_and_then_go_their_own_way(tiny_trainer):
+    trainer = tiny_trainer("--prototypes", "16", "--bottleneck", "24")
+    projector, centres = trainer.student.projector, trainer.head.centres
+    assert projector.mlp[-1].out_features == trainer.teacher.width == 64   # --bottleneck gives way
+    assert torch.equal(projector.prototypes, centres) and len(centres.unique(dim=0)) == 16
+    trainer.step(trainer.images[:16], 0)
+    assert not torch.equal(projector.prototypes, centres)               # a copy, and it learns
+    ema = tiny_trainer("--prototypes", "16", "--bottleneck", "24", "--prototype-source", "ema")
+    assert ema.student.projector.prototypes.shape == ema.head.prototypes.shape == (16, 24)
+
+
 def test_gradients_are_clipped(tiny_trainer):
     norms = []
     for clip in (1e9, 1e-3):
@@ -83,9 +99,9 @@ def test_gradients_are_clipped(tiny_trainer):
 def test_schedules_by_hand(tiny_trainer):
     trainer = tiny_trainer("--epochs", "2", "--lr", "1", "--lr-end", "0", "--warmup-epochs", "1",
                            "--weight-decay-end", "0.4", "--tau-start", "1", "--tau", "0.25",
-                           "--teacher-temp-start", "0.03")              # 2 epochs of 2 steps
+                           "--teacher-temp-start", "0.03", "--teacher-temp", "0.07")
     seen = []
-    for step in range(4):
+    for step in range(4):                                               # 2 epochs of 2 steps
         temperature = trainer.schedule(step)
         matrices, vectors = trainer.optimizer.param_groups
         assert vectors["weight_decay"] == 0 and vectors["lr"] == matrices["lr"]
@@ -96,6 +112,16 @@ def test_schedules_by_hand(tiny_trainer):
     assert decay == pytest.approx([0.04, 0.22 - 0.18 * 0.5**0.5, 0.22, 0.22 + 0.18 * 0.5**0.5])
     assert tau == pytest.approx([1, 0.5**0.5, 0.5, 0.5**1.5])
     assert temperature == pytest.approx([0.03, 0.04, 0.05, 0.06])
+
+
+@pytest.mark.parametrize("disc, end", [("softmax", 0.12), ("gumbel", 0.5)])
+def test_without_a_temperature_annealing_ends_at_the_discretizer_s(tiny_trainer, disc, end):
+    trainer = tiny_trainer("--disc", disc, "--tau-start", "2")          # 2 epochs of 2 steps
+    seen = []
+    for step in (0, 2, 4):
+        trainer.schedule(step)
+        seen.append(trainer.student.disc.tau)
+    assert seen == pytest.approx([2, (2 * end) ** 0.5, end])            # half-way: geometric mean
 
 
 def test_prototypes_rest_in_the_first_epoch_of_ema_runs(tiny_trainer):
@@ -137,6 +163,7 @@ def test_paper_preset_has_the_paper_s_sizes():
         assert student.lengths == [1, 2, 4, 8] and student.disc.table.shape == (512, 768)
         assert student.projector.mlp[0].weight.shape == (2048, 768)
         assert student.projector.prototypes.shape == (8192, 256)
+        assert (student.disc.tau, student.disc.straight_through) == (0.12, False)
         says, reads = student.descriptor.blocks, student.interpreter.blocks
         assert (len(says), says[0].cross.heads) == (6, 8)
         assert (len(reads), reads[0].attention.heads) == (12, 6)

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
+import evaluate
 import model
 import train
 
@@ -173,6 +175,17 @@ def test_unknown_and_incomplete_teachers(tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             model.build_teacher(tmp_path / "bad.pt")
         assert one_line(error)
+
+
+@torch.no_grad()
+def test_the_shipped_teacher_knows_shapes_better_than_pixels_do():
+    teacher = model.build_teacher("shapes")
+    assert (teacher.width, teacher.patch, teacher.image_size) == (128, 4, 32)
+    train_set, test_set = (data.load("shapes", split, 32, n) for split, n in (("train", 500), ("test", 250)))
+    cls, pixels = (
+        evaluate.knn_accuracy(see(train_set.images), train_set.labels, see(test_set.images), test_set.labels, 20)[0]
+        for see in (lambda x: teacher(data.normalize(x))[:, 0], lambda x: x.flatten(1).float()))
+    assert cls > pixels + 10 and cls > 50                   # % of ten shapes
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_a_run_is_not_overwritten_by_accident(tiny, tmp_path, monkeypatch):
     before = files(tmp_path / "run")
     assert "--overwrite" in refusal(monkeypatch, tiny("--epochs", "1"))
     message = refusal(monkeypatch, tiny("--epochs", "1", "--resume", "--lr", "0.5", "--disc", "vq"))
-    assert "--lr was 0.001, is 0.5" in message and "--disc was softmax, is vq" in message
+    assert "--lr was 0.002, is 0.5" in message and "--disc was softmax, is vq" in message
     assert "--vocab" not in message
     assert files(tmp_path / "run") == before
     (tmp_path / "run" / "ckpt.pt").write_bytes(before["ckpt.pt"][:1000])

@@ -1,0 +1,116 @@
+"""extras/pretrain.py in seconds: DINO's equation 3 view by view, resuming to the bit, and a file
+that is the teacher it was trained to be."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import model
+from extras import pretrain
+
+TINY = """--image-size 8 --width 64 --depth 1 --prototypes 16 --hidden 32 --bottleneck 8 --batch-size 20
+    --epochs 2 --warmup 1 --lr 0.01 --every 4 --device cpu""".split()
+STEPS = 10                                              # 100 pictures are left to train on
+NETWORKS = {"patch embedding": ["--stem", "--centering", "centre"],
+            "stem and local crops": ["--stem", "4", "8", "--locals", "2", "--local-size", "4"]}
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch):
+    """6100 of 8 x 8 pixels, from which a run takes 6000 away for its k-NN."""
+    some = data.ImageSet(torch.randint(256, (6100, 3, 8, 8), dtype=torch.uint8), torch.arange(6100) % 3, list("abc"))
+
+    def load(name, split, size, limit, seed):
+        assert split == "train" and size == 8           # the test part plays no part in training
+        return some
+    monkeypatch.setattr(data, "load", load)
+    return some
+
+
+def parse(out, *flags):
+    return pretrain.parse([*TINY, "--out", str(out), *flags])
+
+
+def records(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in lines]
+
+
+def leaves(tree, name=""):
+    """{path: value} of what is in nested dictionaries and lists."""
+    if not isinstance(tree, (dict, list)):
+        return {name: tree}
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {path: leaf for key, part in pairs for path, leaf in leaves(part, f"{name}/{key}").items()}
+
+
+def test_one_step_by_hand(tmp_path, pictures, monkeypatch):
+    """Both views through both networks one by one; without BatchNorm, which would couple them."""
+    args = parse(tmp_path, "--stem", "--no-batch-norm", "--centering", "centre", "--momentum", "0.9")
+    trainer, views = pretrain.Pretrainer(args, pictures), torch.randn(2, 20, 3, 8, 8)
+    monkeypatch.setattr(trainer, "augment", lambda images, count, size: views)
+    for p in trainer.teacher.parameters():              # else it would still be its student
+        p.add_(0.05 * torch.randn_like(p))
+    see = lambda net, x: net["head"](net["backbone"](x)[:, 0])                  # noqa: E731
+    before = [p.clone() for p in trainer.teacher.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        p_t = [(see(trainer.teacher, x) / 0.02).softmax(-1) for x in views]
+        p_s = [see(trainer.student, x) / 0.1 for x in views]
+    loss, seen = trainer.train_step()
+    assert torch.allclose(seen, torch.stack(p_t), atol=1e-3)
+    expected = (F.cross_entropy(p_s[1], p_t[0]) + F.cross_entropy(p_s[0], p_t[1])) / 2
+    same = (F.cross_entropy(p_s[0], p_t[0]) + F.cross_entropy(p_s[1], p_t[1])) / 2
+    assert abs(loss - expected) < 1e-3 < 0.01 < abs(same - expected)
+    for t, s, old in zip(trainer.teacher.parameters(), trainer.student.parameters(), before):
+        assert torch.allclose(t, 0.9 * old + 0.1 * s, atol=1e-6)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, network):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    pretrain.run(parse(straight, *NETWORKS[network]))
+    original = pretrain.Pretrainer.train_step
+
+    def stepping(self):
+        if self.step == 6:                              # in the second epoch, after the file of step 4
+            raise KeyboardInterrupt
+        return original(self)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain.Pretrainer, "train_step", stepping)
+        pretrain.run(parse(resumed, *NETWORKS[network]))
+    assert [r["step"] for r in records(resumed)] == [4]
+    torch.rand(7)                                       # the process that resumes has another past
+    pretrain.run(parse(resumed, *NETWORKS[network], "--resume"))
+
+    assert [r["step"] for r in records(straight)] == [4, 8, STEPS]
+    assert records(resumed) == records(straight)
+    a, b = (torch.load(out / "ckpt.pt", weights_only=True) for out in (straight, resumed))
+    for part in ("student", "teacher", "softmax", "optimizer", "rng"):
+        x, y = leaves(a[part]), leaves(b[part])
+        assert x.keys() == y.keys() and len(x) > 0
+        for name in x:
+            same = torch.equal(x[name], y[name]) if torch.is_tensor(x[name]) else x[name] == y[name]
+            assert same, part + name
+    moments = [name for name in leaves(a["optimizer"]) if "exp_avg" in name]
+    assert len(moments) > 20 and a["step"] == b["step"] == STEPS
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_file_is_the_ema_teacher(tmp_path, network):
+    args = parse(tmp_path, *NETWORKS[network])
+    pretrain.run(args)
+    file, state = tmp_path / "teacher.pt", torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    saved = torch.load(file, weights_only=True)
+    assert {v.dtype for v in saved.values() if v.is_floating_point()} == {torch.float16}
+    loaded, x = model.build_teacher(str(file)), torch.randn(50, 3, 8, 8)
+    assert (loaded.width, loaded.patch, loaded.image_size) == (64, 4, 8) and not loaded.training
+
+    trainer = pretrain.Pretrainer(args, data.load("", "train", 8, None, 0))
+    trainer.load(state)
+    with torch.no_grad():
+        teacher, student = (net["backbone"].eval()(x)[:, 0] for net in (trainer.teacher, trainer.student))
+    error = (loaded(x)[:, 0] - teacher).abs().max()
+    assert error < 0.01 < 0.1 < (student - teacher).abs().max()       # CLS leaves a LayerNorm: of size 1
+    assert teacher.std(0).mean() > 0.01                               # and tells pictures apart
