@@ -69,20 +69,20 @@ def parse(argv=None):
     add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 favours the full sequence")
-    add("--pairing", choices=["same", "cross"], default="cross",
+    add("--pairing", choices=["same", "cross"], default="same",
         help="a view answers for itself (the paper's formula) or for the other views (DINO)")
     add("--centering", choices=["centre", "sinkhorn", "none"], default="none",
         help="against collapse of --prototype-source ema: DINO's centre, or Sinkhorn (stronger); fixed prototypes need none")
-    add("--teacher-temp", type=float, default=0.05, help="after warm-up; lower: sharper, harder targets")
-    add("--teacher-temp-start", type=float, default=0.05, help="before warm-up (30 epochs at most)")
-    add("--student-temp", type=float, default=0.06, help="DINO: 0.1, which blurs fixed prototypes")
+    add("--teacher-temp", type=float, default=0.1, help="after warm-up; lower: sharper, harder targets")
+    add("--teacher-temp-start", type=float, default=0.1, help="before warm-up (30 epochs at most)")
+    add("--student-temp", type=float, default=0.1)
     add("--explore", choices=["base", "entropy", "info", "combined"], default="base", help="section 3.4")
     add("--alpha", type=float, default=0.01, help="weight of the symbols' entropy with --explore entropy, combined")
     add("--beta", type=float, default=0.05, help="weight of a sequence's information with --explore info, combined")
-    add("--balance", type=float, default=1.0,
+    add("--balance", type=float, default=2.0,
         help="weight of the entropy of the batch's mean prediction: keeps all symbols in use; 0: off, as in the paper")
     add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=3)
+    add("--epochs", type=int, default=2)
     add("--lr", type=float, default=2e-3, help="peak; lower it for larger networks")
     add("--lr-end", type=float, default=1e-5)
     add("--warmup-epochs", type=float, default=0.2)
