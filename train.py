@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import time
 from pathlib import Path
 
@@ -332,7 +333,10 @@ def run(args):
     # A kill can come between an epoch's line in the log and its checkpoint; the epoch is then run again.
     lines = (out / "metrics.jsonl").read_text().splitlines(True)[:trainer.epoch] if state else []
     write(out / "metrics.jsonl", lambda part: part.write_text("".join(lines)))
-    write(out / "config.json", lambda part: part.write_text(json.dumps(config_of(args), indent=1) + "\n"))
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
+               "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None}
+    write(out / "config.json",
+          lambda part: part.write_text(json.dumps(config_of(args) | {"machine": machine}, indent=1) + "\n"))
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6    # noqa: E731
     print(f"{len(pictures)} pictures, teacher {count(teacher):.1f} M parameters, student {count(student):.1f} M, "
           f"{args.length} symbols of {args.vocab}: {args.length * math.log2(args.vocab):.0f} bits a picture -> {out}")

@@ -1,4 +1,5 @@
 """The README's worked example runs as printed, and the files it names exist."""
+import json
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -33,3 +34,14 @@ def test_every_file_the_readme_names_exists():
 
 def test_nothing_is_left_to_fill_in():
     assert "@@" not in README
+
+
+def test_the_results_table_says_what_the_files_say():
+    """Every cell `k-NN (retention), linear` of the table, from the file of its run."""
+    folder = ROOT / "results"
+    runs = [json.loads((folder / f"shapes-{d}-128-s0/results.json").read_text()) for d in ("softmax", "gumbel", "vq")]
+    kmeans = json.loads((folder / "baselines-shapes-128.json").read_text())
+    for n in "1248":
+        rows = [(r["student"][n], r["retention"][n]) for r in runs] + [(kmeans[n], kmeans[n]["retention"])]
+        cells = [f"{row['knn_top1']:.1f} ({kept:.3f}), {row['linear_top1']:.1f}" for row, kept in rows]
+        assert f"| {n} | {7 * int(n)} | " + " | ".join(cells) + " |" in README

@@ -106,6 +106,7 @@ def test_what_a_run_leaves(tiny, tmp_path):
         assert r["teacher_entropy_max"] == math.log(16) > r["teacher_entropy"] > 0
         assert all(0 <= r[name] <= math.log(8) + 1e-5 for name in ("information", "symbol_entropy"))
     config = json.loads((out / "config.json").read_text())
+    assert config.pop("machine")["threads"] == torch.get_num_threads()
     flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
     assert config == flags | {"out": str(out)} and config["vocab"] == 8 and config["tau"] == 0.3
 
