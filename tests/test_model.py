@@ -184,8 +184,8 @@ def test_anchors_are_the_planted_clusters():
     assert close(anchors.mean, m) and close(anchors.centres, c)
     scale = (u - m).norm(dim=1).mean() * c.norm(dim=1).mean()
     assert close(anchors(x), (u - m) @ c.T / scale)
-    assert ((anchors(x).max(1).values - 1).abs() < 0.3).all()           # like the cosine to one's own
-    assert (anchors(x).min(1).values < -0.7).all()                      # and to the opposite
+    own = anchors(x).max(1).values                                      # about 1 on average, as a cosine
+    assert close(own.mean(), torch.tensor(1.0), 0.05) and (anchors(x).min(1).values < 0).all()
 
 
 def test_more_anchors_than_pictures():
