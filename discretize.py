@@ -24,7 +24,7 @@ from torch.nn import functional as F
 SPREAD = 1.5
 # As the positions, which share the next transformer's input: neither drowns the other, and AdamW
 # can reshape the table within the warm-up (from deviation 1 it takes 1 / lr steps).
-TABLE_STD = 0.3  # as the positions that the embedding is added to: neither should drown the other
+TABLE_STD = 0.3
 UPDATES, INITS = ("ema", "gradient"), ("kmeans", "random")
 
 

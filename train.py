@@ -250,8 +250,9 @@ class Trainer:
     def report(self, i, loss, seconds):
         """The progress line; stops the run when the loss is no number any more."""
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch + 1}. OUT/ckpt.pt holds the last good "
-                                     "epoch; try a lower --lr, a higher --tau or a longer --warmup-epochs")
+            kept = f"{self.args.out}/ckpt.pt holds epoch {self.epoch}" if self.epoch else "nothing is saved yet"
+            raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch + 1}; {kept}. Try a lower --lr, a higher "
+                                     "--tau or a longer --warmup-epochs")
         left = (self.args.epochs - self.epoch) * self.steps_per_epoch - i
         print(f"\repoch {self.epoch + 1}/{self.args.epochs}  step {i}/{self.steps_per_epoch}  loss {loss:.3f}  "
               f"{i * self.args.batch_size / seconds:.0f} images/s  ETA {left * seconds / i / 60:.1f} min ",
