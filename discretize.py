@@ -241,11 +241,11 @@ def add_flags(parser):
         "compare. Set when the norms of vectors and codes drift apart")
     add("--vq-update", choices=UPDATES, default="ema", help="codes follow the average of their "
         "vectors (ema; no learning rate) or the codebook loss (gradient; van den Oord eq. 3)")
-    add("--vq-decay", type=float, default=0.99, help="decay of the EMA of codes and usage, per "
+    add("--vq-decay", type=float, default=0.9, help="decay of the EMA of codes and usage, per "
         "step; memory 1/(1 - decay) steps. Lower when codes lag, raise for small batches")
     add("--vq-init", choices=INITS, default="kmeans", help="first codes: k-means of the first "
         "step's vectors, or random normal (to see what k-means is good for)")
     add("--vq-restart", type=float, default=0.1, help="restart codes used less than this fraction "
         "of 1/K; 0: never. Lower when rare but meaningful symbols are lost")
-    add("--vq-beta", type=float, default=0.25, help="weight of the commitment loss. Raise when "
+    add("--vq-beta", type=float, default=1.0, help="weight of the commitment loss. Raise when "
         "the decoder's vectors run away from the codes")

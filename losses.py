@@ -95,6 +95,17 @@ def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
     return (weights * entropies.mean(1)).sum() / weights.sum(), entropies.detach()
 
 
+def regression_loss(y, z_s, drafts):
+    """Mean squared error of z_s (B, D, d), and of the drafts (B, T, d), from the teacher's CLS y (B, d) in
+    the student's space, where predicting the mean costs 1. Returns (loss, z_s's error per prefix (D,)).
+
+    Our addition: the softmax over prototypes says between which centres a picture lies; k-NN and a linear
+    probe also need where, and the drafts must read something before the next symbol can add to it."""
+    error = (z_s.float() - y[:, None]).square().mean((0, 2))
+    draft = (drafts.float() - y[:, None]).square().mean()
+    return error.mean() + draft, error.detach()
+
+
 # ------------------------------------------------------------------------------- exploration terms
 
 def entropy(p, dim=-1):

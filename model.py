@@ -9,6 +9,7 @@ interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA 
 import argparse
 import contextlib
 import copy
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -66,8 +67,12 @@ class Teacher(nn.Module):
 
 def small_vit(image_size, patch, width, depth, heads, stem=()):
     """A torchvision ViT of any size (without its classifier), randomly initialised as DINO does.
-    stem: channels of 3x3 convolutions of stride 2 in front (Xiao et al. 2021); patch = 2 ** len(stem)."""
-    convolutions = [ConvStemConfig(channels, 3, 2) for channels in stem] or None
+    stem: channels of 3x3 convolutions in front (Xiao et al. 2021); each that changes their number has
+    stride 2. Raises ValueError when they do not make the patch."""
+    strides = [1 + (channels != before) for before, channels in zip([3, *stem], stem)]
+    if stem and math.prod(strides) != patch:
+        raise ValueError(f"a stem of {list(stem)} channels makes patches of {math.prod(strides)} pixels, not {patch}")
+    convolutions = [ConvStemConfig(channels, 3, stride) for channels, stride in zip(stem, strides)] or None
     vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width, conv_stem_configs=convolutions)
     vit.heads = nn.Identity()
     for module in vit.modules():
@@ -145,7 +150,7 @@ def teacher_from_state(state):
     width = state["class_token"].shape[-1]
     depth = sum(name.endswith(".ln_1.weight") for name in state)
     stem = [len(state[name]) for name in state if re.fullmatch(r"conv_proj\.conv_bn_relu_\d+\.0\.weight", name)]
-    patch = 2 ** len(stem) if stem else state["conv_proj.weight"].shape[-1]
+    patch = 2 ** (1 + sum(a != b for a, b in zip(stem, stem[1:]))) if stem else state["conv_proj.weight"].shape[-1]
     teacher = small_vit(side * patch, patch, width, depth, max(1, width // 64), stem)
     try:
         teacher.vit.load_state_dict(state)
@@ -270,8 +275,37 @@ class Description(NamedTuple):
     weights: torch.Tensor           # (B, T, K) soft or hard choice
     embeddings: torch.Tensor        # (B, T, d)
     logits: torch.Tensor            # (B, T, K)
+    drafts: torch.Tensor            # (B, T, d) linear reading of the symbols up to each; zeros without Draft
     aux: torch.Tensor               # () the discretizer's own loss, mean over positions
     attention: torch.Tensor | None  # (B, T, N) over the patches, rows sum to 1
+
+
+class Draft(nn.Module):
+    """A first, linear reading of the symbols so far: sum over i <= t of W_i e_i, e_i their embeddings.
+
+    Our addition, after residual quantisation: the descriptor is shown the teacher's CLS minus the draft,
+    which is what is left to say (without it, symbols 3 to 8 mostly repeat 1 and 2), and the interpreter
+    corrects the draft instead of starting from nothing. A receiver of the symbols can compute it."""
+
+    def __init__(self, width, length):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(length, width, width) * 0.1 / width**0.5)    # W_i, transposed
+        # what is left shrinks from symbol to symbol; BatchNorm brings it back to size
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False) for _ in range(length))
+        self.show = nn.Linear(width, width)
+        nn.init.eye_(self.show.weight)
+
+    def word(self, embedding, t):
+        """What symbol t, (B, d), adds."""
+        return embedding @ self.weight[t]
+
+    def left(self, cls, draft, t):
+        """(B, d) twice -> (B, d): what symbol t should be about."""
+        return self.show(self.norms[t]((cls - draft).float()))
+
+    def forward(self, embeddings):
+        """(B, T, d) -> (B, T, d), the draft after each symbol."""
+        return torch.einsum("btd,tde->bte", embeddings, self.weight).cumsum(1)
 
 
 class Descriptor(nn.Module):
@@ -289,9 +323,10 @@ class Descriptor(nn.Module):
         # in common, which otherwise decides the symbol, the same for every picture and every position.
         self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False) for _ in range(length))
 
-    def forward(self, tokens, disc, hard=False, attention=False):
+    def forward(self, tokens, disc, draft=None, hard=False, attention=False):
         """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the
         next input, in training and in evaluation alike (our choice: no teacher forcing exists here)."""
+        cls, read, drafts = tokens[:, 0], torch.zeros_like(tokens[:, 0]), []
         tokens = torch.cat([tokens[:, :1] + self.cls_mark, tokens[:, 1:]], 1)
         contexts = [block.cross.keys_values(tokens) for block in self.blocks]   # once per picture
         pasts, said, looked = [None] * len(self.blocks), [], []
@@ -299,17 +334,22 @@ class Descriptor(nn.Module):
         embedding = self.start.expand(len(tokens), -1, -1)                      # (B, 1, d)
         for t in range(self.length):
             x = embedding + self.position[t]
+            if draft is not None:
+                x = x + draft.left(cls, read, t)[:, None]
             for i, block in enumerate(self.blocks):
                 x, pasts[i] = block(x, contexts[i], pasts[i], looked=looked if i == watched else None)
             said.append(disc(self.norms[t](x[:, 0].float()), hard))
             embedding = said[-1].embedding[:, None]
+            if draft is not None:
+                read = read + draft.word(embedding[:, 0], t)
+            drafts.append(read)
         if attention:
             # CLS stands for no place in the picture: leave it out, bring the rest back to a sum of 1.
             looked = torch.cat(looked, 1)[..., 1:]                              # (B, T, N)
             looked = looked / looked.sum(-1, keepdim=True)
         stack = lambda name: torch.stack([getattr(s, name) for s in said], 1)   # noqa: E731
         return Description(stack("ids"), stack("weights"), stack("embedding"), stack("logits"),
-                           torch.stack([s.aux for s in said]).mean(), looked if attention else None)
+                           torch.stack(drafts, 1), torch.stack([s.aux for s in said]).mean(), looked if attention else None)
 
 
 class Interpreter(nn.Module):
@@ -325,9 +365,10 @@ class Interpreter(nn.Module):
         self.cls = nn.Parameter(torch.randn(1, 1, width) * START_STD)
         self.position = nn.Parameter(torch.randn(length, width) * START_STD)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
         group = torch.cat([torch.full((n + 1,), n) for n in self.lengths])
         self.register_buffer("gather", torch.cat([torch.arange(n + 1) for n in self.lengths]), persistent=False)
+        self.first = [n - 1 + j for j, n in enumerate(self.lengths)]            # where the CLS of each prefix is
         self.register_buffer("mask", group[:, None] == group[None, :], persistent=False)
 
     def forward(self, embeddings):
@@ -336,13 +377,18 @@ class Interpreter(nn.Module):
         x = x[:, self.gather]                                                   # (B, 2T - 1 + D, d)
         for block in self.blocks:
             x, _ = block(x, mask=self.mask)
-        return self.norm(x[:, self.gather == 0])
+        return self.out(self.norm(x[:, self.first]))
 
 
 class Student(nn.Module):
-    """Descriptor, discretizer, interpreter and projector."""
+    """Descriptor, discretizer, interpreter and projector, and the space in which they see the teacher.
 
-    def __init__(self, width, disc, projector, length=8, descriptor=(6, 8), interpreter=(12, 6)):
+    Space (our choice): the CLS token is centred and whitened by its covariance *within* pictures, between
+    augmented views, so that a unit is as much as an augmentation moves it, in every direction: the student
+    should say what lasts, and a teacher's few loud directions would otherwise be all that it says. Patch
+    tokens: mean 0 and deviation 1 in each dimension."""
+
+    def __init__(self, width, disc, projector, length=8, descriptor=(6, 8), interpreter=(12, 6), draft=True):
         """descriptor and interpreter: (depth, heads). Raises ValueError for sizes that do not fit."""
         super().__init__()
         if length < 1 or length & (length - 1):
@@ -350,78 +396,87 @@ class Student(nn.Module):
         for name, (_, heads) in (("descriptor", descriptor), ("interpreter", interpreter)):
             if width % heads:
                 raise ValueError(f"--{name}-heads {heads} does not divide the teacher's width {width}")
-        self.register_buffer("mean", torch.zeros(2, 1, width))                  # of CLS, of patches
-        self.register_buffer("std", torch.ones(2, 1, width))
+        self.register_buffer("mean", torch.zeros(2, width))                     # of CLS, of patches
+        self.register_buffer("std", torch.ones(width))                          # of patches
+        self.register_buffer("whiten", torch.eye(width))                        # of CLS
+        self.register_buffer("origin", torch.zeros(width))                      # where z_s = 0 lies, for k-NN
         self.descriptor = Descriptor(width, *descriptor, length)
         self.interpreter = Interpreter(width, *interpreter, length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
             if isinstance(module, nn.Linear):       # PyTorch's own start is 1.7 times narrower, and with it
                 nn.init.xavier_uniform_(module.weight)      # every picture gets the same symbols
                 nn.init.zeros_(module.bias)
+        self.draft = Draft(width, length) if draft else None
         self.disc, self.projector = disc, projector
         self.lengths = self.interpreter.lengths
 
     @torch.no_grad()
-    def fit_standardisation(self, tokens):
-        """Mean and deviation of each of the teacher's dimensions, CLS and patches apart, from a sample
-        (B, N+1, d): a teacher's few loud dimensions would otherwise be all that attention sees."""
-        parts = tokens[:, :1].float(), tokens[:, 1:].float()
-        self.mean.copy_(torch.stack([p.mean((0, 1))[None] for p in parts]))
-        self.std.copy_(torch.stack([p.std((0, 1))[None] for p in parts]).clamp(min=1e-6))
+    def fit_space(self, cls, patches, ridge=0.01):
+        """cls (2, B, d): two views each of B pictures; patches (M, N, d) of some. ridge: share of the largest
+        variance within pictures that is added to all of them (0.001 to 0.1 measured alike)."""
+        patches = patches.flatten(0, 1)
+        self.mean.copy_(torch.stack([cls.mean((0, 1)), patches.mean(0)]))
+        self.std.copy_(patches.std(0).clamp(min=1e-6))
+        moved = cls[0] - cls[1]                                                 # (B, d)
+        variance, axes = torch.linalg.eigh(moved.T @ moved / (2 * len(moved)))
+        whiten = axes * (variance + ridge * variance.max().clamp(min=1e-12)).rsqrt() @ axes.T
+        self.whiten.copy_(whiten / ((cls - self.mean[0]) @ whiten).square().mean().sqrt().clamp(min=1e-6))
 
-    def standardise(self, tokens):
-        """z_t (B, N+1, d) -> the same, each dimension with mean 0 and deviation 1."""
-        return torch.cat([(tokens[:, :1] - self.mean[0]) / self.std[0],
-                          (tokens[:, 1:] - self.mean[1]) / self.std[1]], 1)
+    def space(self, tokens):
+        """z_t (B, N+1, d) -> the same in the student's space; overall the CLS has mean 0, mean square 1."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            cls = (tokens[:, :1].float() - self.mean[0]) @ self.whiten
+            return torch.cat([cls, (tokens[:, 1:].float() - self.mean[1]) / self.std], 1)
 
     def describe(self, tokens, hard=False, attention=False):
         """z_t (B, N+1, d) -> Description. hard: argmax symbols, as in every reported figure."""
-        return self.descriptor(self.standardise(tokens), self.disc, hard, attention)
+        return self.descriptor(self.space(tokens), self.disc, self.draft, hard, attention)
 
-    def interpret(self, embeddings):
-        """(B, T, d) -> z_s (B, D, d)."""
-        return self.interpreter(embeddings)
+    def interpret(self, embeddings, drafts=None):
+        """(B, T, d) -> z_s (B, D, d). drafts: those of the Description, not to compute them again."""
+        z_s = self.interpreter(embeddings)
+        if self.draft is None:
+            return z_s
+        drafts = self.draft(embeddings) if drafts is None else drafts
+        return z_s + drafts[:, [n - 1 for n in self.lengths]]
 
 
 class Anchors(nn.Module):
-    """P_T with prototypes that do not move: k-means centres c_k of the teacher's CLS (our addition).
+    """P_S and P_T with prototypes that do not move: k-means centres c_k of the teacher's CLS (our addition).
 
     The paper's P_T, an EMA of P_S, forgets whatever the student does not say yet, and the target gets
-    easy instead of the student good. These cannot forget. With u the L2-normalised CLS and m its mean,
-    logit k = <u - m, c_k - m> / scale: over a temperature this orders the centres as the cosine <u, c_k>
-    of k-NN does, and `scale` (the mean product of norms) brings it to a cosine's range."""
+    easy instead of the student good. These cannot forget. logit k = <z, c_k> / mean |c|^2: student and
+    teacher go through the same prototypes, so z_s must come to lie where the CLS does."""
 
     def __init__(self, width, prototypes):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("centres", torch.zeros(prototypes, width))         # c_k - m
+        self.register_buffer("centres", torch.zeros(prototypes, width))
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
     def fit(self, cls):
-        """k-means of CLS outputs (n, d), n at least P; raises ValueError for fewer."""
+        """k-means of CLS in the student's space (n, d), n at least P; raises ValueError for fewer."""
         if len(cls) < len(self.centres):
             raise ValueError(f"--prototypes {len(self.centres)} is more than the {len(cls)} pictures; lower it")
-        u = F.normalize(cls.float(), dim=-1)
-        self.mean.copy_(u.mean(0))
-        self.centres.copy_(discretize.kmeans(u - self.mean, len(self.centres)))
-        self.scale.copy_((u - self.mean).norm(dim=-1).mean() * self.centres.norm(dim=-1).mean())
+        self.centres.copy_(discretize.kmeans(cls, len(self.centres)))
+        self.scale.copy_(self.centres.square().sum(1).mean().clamp(min=1e-6))
 
-    def forward(self, cls):
+    def forward(self, z):
         """(..., d) -> (..., P)"""
-        return (F.normalize(cls.float(), dim=-1) - self.mean) @ self.centres.T / self.scale
+        with torch.autocast(z.device.type, enabled=False):
+            return z.float() @ self.centres.T / self.scale
 
 
 def build_student(config, width):
     """Student and P_T for a teacher of this width; config: the flags of train.py as a dictionary."""
     args = argparse.Namespace(**config)
-    anchored = args.prototype_source == "kmeans"    # then P_S starts from the centres, as wide as the CLS
-    projector = DINOHead(width, args.prototypes, args.hidden, width if anchored else args.bottleneck)
+    if args.prototype_source == "kmeans":
+        projector = Anchors(width, args.prototypes)
+    else:
+        projector = DINOHead(width, args.prototypes, args.hidden, args.bottleneck)
     disc = discretize.build(args.disc, width, args.vocab, args)
     student = Student(width, disc, projector, args.length, (args.descriptor_depth, args.descriptor_heads),
-                      (args.interpreter_depth, args.interpreter_heads))
-    if anchored:
-        return student, Anchors(width, args.prototypes)
+                      (args.interpreter_depth, args.interpreter_heads), args.draft)
     return student, copy.deepcopy(projector).requires_grad_(False)
 
 

@@ -37,7 +37,7 @@ PRESETS = {
                   vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
                   prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",
                   pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, student_temp=0.1, balance=0.0, epochs=140,
-                  batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
+                  draft=False, regression=0.0, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
 }
 
 
@@ -60,13 +60,17 @@ def parse(argv=None):
     add("--descriptor-heads", type=int, default=4)
     add("--interpreter-depth", type=int, default=2, help="blocks")
     add("--interpreter-heads", type=int, default=4)
+    add("--draft", action=argparse.BooleanOptionalAction, default=True,
+        help="show the descriptor what its symbols have left unsaid, by a linear reading of them; the paper: no")
     add("--prototypes", type=int, default=1024, help="P, outputs of the projector; more for more varied data")
-    add("--hidden", type=int, default=512, help="width of the projector's MLP")
-    add("--bottleneck", type=int, default=128, help="width in front of the prototypes; with k-means prototypes it is the teacher's width")
+    add("--hidden", type=int, default=512, help="width of the projector's MLP with --prototype-source ema")
+    add("--bottleneck", type=int, default=128, help="width in front of the prototypes with --prototype-source ema")
     discretize.add_flags(p)
     add = p.add_argument_group("loss").add_argument
     add("--prototype-source", choices=["ema", "kmeans"], default="kmeans",
-        help="P_T: the EMA of P_S (the paper) or fixed k-means centres of the teacher's CLS (holds more)")
+        help="P_T: the EMA of P_S (the paper), or P_T = P_S = fixed k-means centres of the teacher's CLS (holds more)")
+    add("--regression", type=float, default=3.0,
+        help="weight of the squared error of z_s and drafts from the teacher's CLS itself; 0: off, as in the paper")
     add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 favours the full sequence")
@@ -111,6 +115,8 @@ def check(args):
         value = getattr(args, name)
         if value is not None and value <= 0:                                    # None: all images
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.draft and not args.regression:
+        raise ValueError("--draft learns to read by --regression; set it above 0, or add --no-draft")
     try:
         torch.empty(0, device=args.device)
     except Exception as error:                      # no driver, no such GPU, no such word: each another kind
@@ -129,35 +135,46 @@ def split_held_out(pictures, seed):
 
 @torch.no_grad()
 def fit_teacher_statistics(teacher, student, head, pictures, args):
-    """Standardisation of the teacher's tokens from 1000 pictures; k-means anchors from up to 20 000."""
-    encode = lambda images: teacher(data.normalize(images.to(args.device), args.image_size))  # noqa: E731
-    with evaluate.autocast(torch.device(args.device)):
-        sample = torch.cat([encode(x) for x in pictures.images[:1000].split(args.batch_size)])
-        student.fit_standardisation(sample)
-        if isinstance(head, model.Anchors):
-            cls = torch.cat([encode(x)[:, 0] for x in pictures.images[:20000].split(4 * args.batch_size)])
-            head.fit(cls)
-            student.projector.prototypes.copy_(head.centres)                    # a random start would cost 1000 steps
+    """The student's space from two views of 4000 pictures; k-means anchors from up to 20 000 pictures."""
+    augment, size = data.augmentation(args.data, args.image_size), args.image_size
+
+    def encode(x):
+        with evaluate.autocast(torch.device(args.device)):
+            return teacher(x).float()
+
+    def batches(count):
+        return (x.to(args.device) for x in pictures.images[:count].split(args.batch_size))
+
+    cls = [encode(augment(x, 2, size).flatten(0, 1))[:, 0].unflatten(0, (2, len(x))) for x in batches(4000)]
+    student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
+    if args.regression:                             # z_s lies in the CLS's space, so cosines start where its do
+        student.origin.copy_(student.mean[0] @ student.whiten)
+    if isinstance(head, model.Anchors):
+        plain = (encode(data.normalize(x, size))[:, :1] for x in batches(20000))
+        head.fit(torch.cat([student.space(cls)[:, 0] for cls in plain]))
+        student.projector.load_state_dict(head.state_dict())
 
 
 def forward(teacher, student, head, softmax, images, temperature, args):
     """The step at the top of this file: uint8 pictures (B, 3, H, W) -> loss and what the log wants."""
     v, b = args.views, len(images)
-    views = data.augmentation(args.data)(images, v, args.image_size)            # (V, B, 3, S, S)
+    views = data.augmentation(args.data, args.image_size)(images, v, args.image_size)       # (V, B, 3, S, S)
     with torch.no_grad():
         tokens = teacher(views.flatten(0, 1))                                   # z_t (V*B, N+1, d)
-        cls = tokens if isinstance(head, model.Anchors) else student.standardise(tokens)
-        p_t = softmax(head(cls[:, 0]).unflatten(0, (v, b)), temperature)        # (V, B, P)
+        y = student.space(tokens[:, :1])[:, 0]                                  # its CLS, in the student's space
+        p_t = softmax(head(y).unflatten(0, (v, b)), temperature)                # (V, B, P)
     said = student.describe(tokens)                                             # T symbols each
-    z_s = student.interpret(said.embeddings)                                    # (V*B, D, d)
+    z_s = student.interpret(said.embeddings, said.drafts)                       # (V*B, D, d)
     logits = student.projector(z_s).transpose(0, 1).unflatten(1, (v, b))        # p_s (D, V, B, P)
     loss, entropies = losses.granular_dino_loss(p_t, logits, args.lam, args.student_temp, args.pairing)
-    total = loss + said.aux + losses.exploration_loss(said.weights, said.logits, args.explore,
-                                                      args.alpha, args.beta, args.balance)
+    regression, unexplained = losses.regression_loss(y, z_s, said.drafts)
+    total = loss + said.aux + args.regression * regression + losses.exploration_loss(
+        said.weights, said.logits, args.explore, args.alpha, args.beta, args.balance)
     with torch.no_grad():
         target = losses.pair_views(p_t, v, args.pairing)
         joint = (logits.float() / args.student_temp).softmax(-1).mean(0)        # p_s = sum_n p_s^(n), normalised
         log = {"loss": total, "dino_loss": loss, "aux": said.aux,
+               "unexplained_first": unexplained[0], "unexplained": unexplained[-1],
                "teacher_entropy": losses.entropy(p_t).mean(),
                "kl": (target * (target.clamp(min=1e-12) / joint.clamp(min=1e-12)).log()).sum(-1).mean(),
                "symbol_entropy": losses.symbol_entropy(said.logits),

@@ -35,6 +35,7 @@ def parse(argv=None):
     add("--data", default="shapes", help="shapes, cifar10, cifar100, stl10 or folder:PATH")
     add("--train-images", type=int, default=None, help="use at most so many; default all")
     add("--image-size", type=int, default=32, help="pixels; a multiple of the patch")
+    add("--crop", type=float, nargs=2, default=None, help="share of the area of a global crop, from and to; default the data set's")
     add("--locals", type=int, default=0,
         help="local crops per picture besides the two global ones; they help on photographs (DINO: 8) and hurt on "
              "shapes, where a part of the picture may not show the object")
@@ -43,8 +44,9 @@ def parse(argv=None):
     add("--batch-size", type=int, default=128, help="pictures per step")
     add = p.add_argument_group("network").add_argument
     add("--stem", type=int, nargs="*", default=(32, 64),
-        help="channels of 3x3 convolutions of stride 2 in front (Xiao et al. 2021): learns sooner; none: a patch embedding")
-    add("--patch", type=int, default=4, help="pixels; with a stem 2 ** its length. Finer is quadratically slower")
+        help="channels of 3x3 convolutions in front (Xiao et al. 2021), stride 2 where their number changes: learns "
+             "sooner; none: a patch embedding")
+    add("--patch", type=int, default=4, help="pixels; with a stem, the product of its strides. Finer is quadratically slower")
     add("--width", type=int, default=128, help="d, a multiple of 64: there are 64 channels to a head")
     add("--depth", type=int, default=4, help="blocks")
     add("--prototypes", type=int, default=512, help="P; more for more varied data")
@@ -104,7 +106,8 @@ class Pretrainer:
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.softmax = losses.TeacherSoftmax(args.prototypes, args.centering).to(args.device)
         self.optimizer = torch.optim.AdamW(losses.parameter_groups(self.student), lr=args.lr)
-        self.augment = data.augmentation(args.data)
+        self.augment = copy.copy(data.augmentation(args.data, args.image_size))
+        self.augment.crop = tuple(args.crop or self.augment.crop)
         self.augment_local = copy.copy(self.augment)
         self.augment_local.crop = tuple(args.local_crop)
         self.steps_per_epoch = len(pictures) // args.batch_size

@@ -233,3 +233,12 @@ def test_set_schedule_writes_both_groups():
     losses.set_schedule(optimizer, 0.3, 0.04)
     assert optimizer.param_groups == [{"decay": True, "lr": 0.3, "weight_decay": 0.04},
                                       {"decay": False, "lr": 0.3, "weight_decay": 0.0}]
+
+
+def test_regression_by_hand():
+    y = torch.tensor([[1.0, 0], [0, -1]])                               # (B = 2, d = 2)
+    z_s = torch.stack([y + 1, y], 1)                                    # prefixes 1 and 2: off by 1, exact
+    drafts = torch.stack([0 * y, y, y + 2], 1)                          # mean square 0.5, 0, 4
+    loss, error = losses.regression_loss(y, z_s, drafts)
+    assert error.tolist() == [1, 0] and not error.requires_grad
+    assert abs(loss - (0.5 + 1.5)) < 1e-6

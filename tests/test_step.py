@@ -20,22 +20,23 @@ def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairi
     trainer = tiny_trainer("--disc", "vq", "--views", "3", "--lam", "0.5", "--explore", "combined",
                            "--pairing", pairing, "--student-temp", "0.1")
     args, student, images = trainer.args, trainer.student, trainer.images[:5]
-    for norm in student.descriptor.norms.eval():        # in training they would couple the views
+    for norm in (*student.descriptor.norms.eval(), *student.draft.norms.eval()):    # in training they would couple views
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
     views = torch.randn(3, 5, 3, 8, 8)
-    monkeypatch.setattr(data, "augmentation", lambda name: lambda x, v, size: views)
+    monkeypatch.setattr(data, "augmentation", lambda name, size: lambda x, v, size: views)
     total, log = train.forward(trainer.teacher, student, trainer.head, trainer.softmax,
                                images, 0.07, args)
 
-    p_t, said, p_s = [], [], []
+    y, p_t, said, z_s, p_s = [], [], [], [], []
     for view in views:
         tokens = trainer.teacher(view)                                  # (B, N + 1, d)
-        u = tokens[:, 0] / tokens[:, 0].norm(dim=1, keepdim=True) - trainer.head.mean
-        products = torch.einsum("bd,pd->bp", u, trainer.head.centres) / trainer.head.scale
+        y.append((tokens[:, 0] - student.mean[0]) @ student.whiten)
+        products = torch.einsum("bd,pd->bp", y[-1], trainer.head.centres) / trainer.head.scale
         p_t.append((products / 0.07).softmax(-1))
         said.append(student.describe(tokens))
-        p_s.append(student.projector(student.interpret(said[-1].embeddings)) / 0.1)     # (B, 4, P)
+        z_s.append(student.interpret(said[-1].embeddings))
+        p_s.append(student.projector(z_s[-1]) / 0.1)                    # (B, 4, P)
     target = [p_t[i] if pairing == "same" else (sum(p_t) - p_t[i]) / 2 for i in range(3)]
     loss = sum(0.5 ** (j + 1) * F.cross_entropy(p_s[i][:, j], target[i]) / 3
                for i in range(3) for j in range(4)) / (0.5 + 0.25 + 0.125 + 0.0625)
@@ -46,7 +47,11 @@ def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairi
     assert aux > 0.01 and explore < -0.01
     close = lambda a, b: abs(a - b) < 1e-4                              # noqa: E731
     assert close(log["dino_loss"], loss) and close(log["aux"], aux)
-    assert close(total, loss + aux + explore) and log["loss"] == total
+    error = sum((z[:, j] - v).square().mean() / 12 for z, v in zip(z_s, y) for j in range(4))
+    error += sum((s.drafts[:, t] - v).square().mean() / 24 for s, v in zip(said, y) for t in range(8))
+    assert close(total, loss + aux + args.regression * error + explore) and log["loss"] == total
+    full = sum((z[:, 3] - v).square().mean() / 3 for z, v in zip(z_s, y))
+    assert close(log["unexplained"], full)
     joint = [p.softmax(-1).mean(1) for p in p_s]                        # over the prefixes
     kl = [F.kl_div(q.log(), p, reduction="batchmean") for p, q in zip(target, joint)]
     entropy = torch.distributions.Categorical(torch.cat(p_t)).entropy().mean()
@@ -76,15 +81,19 @@ def test_k_means_prototypes_stay_and_vq_codes_move(tiny_trainer):
     assert not torch.equal(trainer.student.disc.codebook, codes) and trainer.student.disc.ready
 
 
-def test_prototypes_start_as_the_k_means_centres_and_then_go_their_own_way(tiny_trainer):
+def test_teacher_and_student_share_the_k_means_prototypes(tiny_trainer):
     trainer = tiny_trainer("--prototypes", "16", "--bottleneck", "24")
-    projector, centres = trainer.student.projector, trainer.head.centres
-    assert projector.mlp[-1].out_features == trainer.teacher.width == 64   # --bottleneck gives way
-    assert torch.equal(projector.prototypes, centres) and len(centres.unique(dim=0)) == 16
-    trainer.step(trainer.images[:16], 0)
-    assert not torch.equal(projector.prototypes, centres)               # a copy, and it learns
+    for head in (trainer.head, trainer.student.projector):
+        assert len(head.centres.unique(dim=0)) == 16 and list(head.parameters()) == []
+    assert torch.equal(trainer.head.centres, trainer.student.projector.centres)
     ema = tiny_trainer("--prototypes", "16", "--bottleneck", "24", "--prototype-source", "ema")
     assert ema.student.projector.prototypes.shape == ema.head.prototypes.shape == (16, 24)
+
+
+def test_z_s_is_read_where_the_teacher_s_cls_lies(tiny_trainer):
+    student = tiny_trainer().student
+    assert torch.allclose(student.origin, student.mean[0] @ student.whiten) and student.origin.abs().max() > 1e-3
+    assert not tiny_trainer("--regression", "0", "--no-draft").student.origin.any()     # then it lies anywhere
 
 
 def test_gradients_are_clipped(tiny_trainer):
