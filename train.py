@@ -88,7 +88,7 @@ def parse(argv=None):
         help="weight of the entropy of the batch's mean prediction: keeps all symbols in use; 0: off, as in the paper")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=2)
-    add("--lr", type=float, default=2e-3, help="peak; lower it for larger networks")
+    add("--lr", type=float, default=4e-3, help="peak; lower it for larger networks")
     add("--lr-end", type=float, default=1e-5)
     add("--warmup-epochs", type=float, default=0.2)
     add("--weight-decay", type=float, default=0.04)
