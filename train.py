@@ -88,7 +88,7 @@ def parse(argv=None):
         help="weight of the entropy of the batch's mean prediction: keeps all symbols in use; 0: off, as in the paper")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=2)
-    add("--lr", type=float, default=4e-3, help="peak; lower it for larger networks")
+    add("--lr", type=float, default=2e-3, help="peak; lower it for larger networks")
     add("--lr-end", type=float, default=1e-5)
     add("--warmup-epochs", type=float, default=0.2)
     add("--weight-decay", type=float, default=0.04)
@@ -366,8 +366,9 @@ def run(args):
         with open(out / "metrics.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
         write(out / "ckpt.pt", lambda part: torch.save(trainer.state(), part))
+        knn = f"  k-NN {record['knn_top1']:.1f} %" if "knn_top1" in record else ""
         print(f"  teacher entropy {record['teacher_entropy']:.2f}  KL {record['kl']:.2f}  perplexity "
-              f"{min(record['perplexity']):.0f}-{max(record['perplexity']):.0f}  k-NN {record.get('knn_top1', math.nan):.1f} %")
+              f"{min(record['perplexity']):.0f}-{max(record['perplexity']):.0f}{knn}")
         for words in alarms(record):
             print(f"WARNING: collapse? {words}")
     finish(out, args, held_out)

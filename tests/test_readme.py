@@ -1,12 +1,15 @@
 """The README's worked example runs as printed, and the files it names exist."""
 import json
 import re
+import statistics
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 import discretize
+import train
+from extras import experiments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -36,12 +39,19 @@ def test_nothing_is_left_to_fill_in():
     assert "@@" not in README
 
 
-def test_the_results_table_says_what_the_files_say():
-    """Every cell `k-NN (retention), linear` of the table, from the file of its run."""
-    folder = ROOT / "results"
-    runs = [json.loads((folder / f"shapes-{d}-128-s0/results.json").read_text()) for d in ("softmax", "gumbel", "vq")]
-    kmeans = json.loads((folder / "baselines-shapes-128.json").read_text())
-    for n in "1248":
-        rows = [(r["student"][n], r["retention"][n]) for r in runs] + [(kmeans[n], kmeans[n]["retention"])]
-        cells = [f"{row['knn_top1']:.1f} ({kept:.3f}), {row['linear_top1']:.1f}" for row, kept in rows]
-        assert f"| {n} | {7 * int(n)} | " + " | ".join(cells) + " |" in README
+def test_the_tables_say_what_the_files_say():
+    block = README.split(experiments.START)[1].split(experiments.END)[0]
+    assert block.strip() == "\n".join(experiments.tables(list(experiments.rows()))).strip()
+
+
+def test_a_row_by_hand():
+    """vq with 8 symbols over its seeds: mean and deviation, from the files, without the code of the table."""
+    kept = [json.loads(path.read_text())["retention"]["8"] for path in (ROOT / "results").glob("shapes-vq-128-s*/results.json")]
+    cells = next(line for line in README.splitlines() if line.startswith("| shapes-vq-128 |")).split("|")
+    assert cells[2].strip() == str(len(kept))
+    assert cells[6].strip() == f"{statistics.mean(kept):.3f}" + (f" ± {statistics.stdev(kept):.3f}" if len(kept) > 1 else "")
+
+
+def test_every_experiment_is_a_command_that_train_accepts():
+    for flags in experiments.EXPERIMENTS.values():
+        train.check(train.parse(flags.split()))
