@@ -11,14 +11,16 @@ mean over permutations of the pictures' answers (factors, masks, symbols): what 
 gives when symbols and pictures have nothing to do with each other. Symbols are hard (argmax).
 """
 import argparse
+import io
 import json
 import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.io import decode_jpeg, encode_jpeg
+from PIL import Image
 
 from data import FACTORS, load
 from model import load_checkpoint
@@ -35,7 +37,7 @@ def chance(measure, rows, times):
 
 def entropy(p):
     """p (A, ...), each p[a] a distribution -> (A,) bits."""
-    return torch.special.entr(p.flatten(1)).sum(1) / math.log(2)
+    return torch.special.entr(p.double().flatten(1)).sum(1) / math.log(2)
 
 
 def mutual_information(said, factors):
@@ -65,8 +67,9 @@ def disentanglement(said, factors):
     if not said.shape[1]:
         return 0.0
     best = mutual_information(said, factors).topk(2).values                     # (A, 2)
-    bits = torch.stack([mutual_information(s[:, None], s[:, None])[0, 0] for s in said.T])
-    return ((best[:, 0] - best[:, 1]) / bits).mean().item()
+    most = int(said.max()) + 1
+    histograms = torch.stack([column.bincount(minlength=most) for column in said.T])
+    return ((best[:, 0] - best[:, 1]) / entropy(histograms / len(said))).mean().item()
 
 
 def symbol_counts(ids, vocab):
@@ -151,13 +154,12 @@ def pointing(attention, cover):
     """Share of a symbol's attention that lies on the object, per position: attention (n, T, N) with
     rows of sum 1, cover (n, N) -> (T,) in 0 .. 1. The energy-based pointing game (Wang et al. 2020,
     Score-CAM; Zhang et al. 2018 count hits of the maximum). Attention spread evenly gets the
-    object's share of the area. Objects lie near the middle: masks of other pictures get more."""
+    object's share of the area; attention to the usual place of objects, what other masks get."""
     return torch.einsum("ntp,np->t", attention, cover) / len(cover)
 
 
 def hide(images, score, k):
-    """images (n, 3, H, W) uint8 with the k patches of the highest score (n, N) in the picture's mean
-    colour."""
+    """images (n, 3, H, W) uint8, the k patches of the highest score (n, N) in their mean colour."""
     n, patches = score.shape
     chosen = torch.zeros(n, patches).scatter_(1, score.topk(k).indices, 1)
     chosen = chosen.view(n, 1, *[math.isqrt(patches)] * 2)
@@ -195,8 +197,12 @@ def noise(images, sigma=0.02):
 
 
 def jpeg(images, quality=75):
-    """Through a JPEG file and back."""
-    return torch.stack([decode_jpeg(encode_jpeg(image, quality)) for image in images])
+    """Through a JPEG file and back, with Pillow: torchvision's own is going to be removed."""
+    def through(image):                                                         # (3, H, W)
+        picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
+        picture.save(file, "JPEG", quality=quality)
+        return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    return torch.stack([through(image) for image in images])
 
 
 def unchanged(ids, others):
@@ -234,7 +240,7 @@ def figures(describe, image_set, vocab, share=0.25, pairs=50_000, times=20):
     describe(images, attention) -> ids (n, T) and attention (n, T, N) or None, as visualize.read."""
     images = image_set.images
     ids, attention = describe(images, True)
-    n, t, patches = attention.shape
+    _, t, patches = attention.shape
     k, rows = max(1, round(share * patches)), {}
     if image_set.factors:
         factors = torch.stack([image_set.factors[name] for name in FACTORS], 1)
@@ -247,12 +253,12 @@ def figures(describe, image_set, vocab, share=0.25, pairs=50_000, times=20):
     kept = faithfulness(lambda x: describe(x, False)[0], images, ids, attention, k)
     rows[f"changed, {k} of {patches} patches hidden"] = kept
     for other in ("random", "attended in another"):
-        first, total = ((kept["attended"][s].mean() / kept[other][s].mean()).item()
-                        for s in (slice(1), slice(t)))
-        rows[f"changed: attended / {other}"] = {"all positions": total, "position 1": first}
+        pairs = [[kept[kind][:end].mean().item() for kind in ("attended", other)] for end in (t, 1)]
+        total, first = (a / b if b else None for a, b in pairs)
+        rows[f"attended / {other}"] = {"all positions": total, "position 1": first}
     stays = {f.__name__: unchanged(ids, describe(f(images), False)[0]) for f in (crop, noise, jpeg)}
     rows["unchanged"] = stays | {"chance": chance(lambda x: unchanged(ids, x), ids, times)}
-    return {name: {kind: torch.as_tensor(x).tolist() for kind, x in row.items()}
+    return {name: {kind: x.tolist() if torch.is_tensor(x) else x for kind, x in row.items()}
             for name, row in rows.items()}
 
 
@@ -263,7 +269,8 @@ def print_table(rows):
     for name, row in rows.items():
         for i, (kind, x) in enumerate(row.items()):
             cells = [sum(x) / len(x), *x] if isinstance(x, list) else [x]
-            print(f"{'' if i else name:35}{kind:24}" + "".join(f"{c:7.3f}" for c in cells))
+            cells = "".join("      -" if c is None else f"{c:7.3f}" for c in cells)
+            print(f"{'' if i else name:35}{kind:24}{cells}")
 
 
 def main(argv=None):
@@ -275,7 +282,7 @@ def main(argv=None):
     add("--hide", type=float, default=0.25, help="share of the patches hidden for faithfulness")
     add("--pairs", type=int, default=50_000, help="random pairs, for topographic similarity")
     add("--permutations", type=int, default=20, help="how many the chance levels average over")
-    add("--seed", type=int, default=0, help="of permutations, pairs, halves, noise")
+    add("--seed", type=int, default=0, help="of permutations, pairs, halves, noise, random patches")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
