@@ -45,11 +45,9 @@ def mutual_information(said, factors):
     -> (A, B) bits, in 0 .. min of the two entropies. The plug-in estimate H(x) + H(y) - H(x, y) of
     the counts; with X and Y values it is too high by about (X-1)(Y-1) / (2 n ln 2) bits (Miller
     1955; Paninski 2003), so read it against its chance level, which has the same bias."""
-    n, a = said.shape
-    x = int(said.max()) + 1
-    bits = []
+    (n, a), bits = said.shape, []
+    x, y = int(said.max()) + 1, int(factors.max()) + 1
     for factor in factors.T:
-        y = int(factor.max()) + 1
         cells = (torch.arange(a) * x + said) * y + factor[:, None]              # (n, A)
         joint = cells.flatten().bincount(minlength=a * x * y).view(a, x, y).double() / n
         bits.append(entropy(joint.sum(2)) + entropy(joint.sum(1)) - entropy(joint))
@@ -112,7 +110,7 @@ def ranks(x):
 
 def topographic_similarity(ids, factors, pairs, distance="edit"):
     """Do like pictures get like messages? Spearman correlation, -1 .. 1, between the pictures'
-    Hamming distance over factors and their messages' distance (Brighton and Kirby 2006).
+    Hamming distance over factors and that of their messages (Brighton and Kirby 2006).
     ids (n, T), factors (n, B), pairs (P, 2) of pictures; 0 where all distances are equal."""
     (a, b), messages = pairs.T, DISTANCES[distance]
     apart = [hamming_distance(factors[a], factors[b]), messages(ids[a], ids[b])]
@@ -144,6 +142,12 @@ def naming_share(ids, factors, halves, vocab, least=10, lift=2.0):
 
 
 # ---- where the symbols look, and what moves them -------------------------------------------------
+
+def unchanged(ids, others):
+    """Share of symbols that are the same, per position: (n, T) twice -> (T,) in 0 .. 1. Stability
+    under `crop`, `noise` and `jpeg` is after Hendrycks and Dietterich 2019."""
+    return (ids == others).double().mean(0)
+
 
 def patch_cover(masks, patches):
     """masks (n, H, W) bool -> (n, N), the share of each patch that the object covers, 0 .. 1."""
@@ -177,7 +181,7 @@ def faithfulness(describe, images, ids, attention, k):
     attention finds what matters; more than another picture's, that it finds it in this picture."""
     def changed(score):                                                         # (n, T, N) -> (T,)
         said = [describe(hide(images, score[:, t], k))[:, t] for t in range(ids.shape[1])]
-        return (torch.stack(said, 1) != ids).double().mean(0)
+        return 1 - unchanged(ids, torch.stack(said, 1))
     other = attention.roll(len(attention) // 2, 0)
     return {"attended": changed(attention), "attended in another": changed(other),
             "random": changed(torch.rand_like(attention))}
@@ -205,31 +209,22 @@ def jpeg(images, quality=75):
     return torch.stack([through(image) for image in images])
 
 
-def unchanged(ids, others):
-    """Share of symbols that stay, per position: (n, T) twice -> (T,) in 0 .. 1. Which disturbances:
-    after Hendrycks and Dietterich 2019, all weaker than the views of training."""
-    return (ids == others).double().mean(0)
-
-
 # ---- a checkpoint: all its figures, and the report -----------------------------------------------
 
 def language_figures(ids, factors, vocab, pairs, times):
     """Rows of the table: ids (n, T), factors (n, B) in FACTORS' order, pairs: how many."""
-    bits, by_chance = (mutual_information(ids, factors),
-                       chance(lambda f: mutual_information(ids, f), factors, times))
-    rows = {}
-    for b, name in enumerate(FACTORS):
-        most = mutual_information(*[factors[:, b:b + 1]] * 2).item()
-        rows[f"bits about {name}, of {most:.2f}"] = {"measured": bits[:, b],
-                                                     "chance": by_chance[:, b]}
+    bits, most = mutual_information(ids, factors), mutual_information(factors, factors).diag()
+    by_chance = chance(lambda f: mutual_information(ids, f), factors, times)
+    rows = {f"bits about {name}, of {most[b]:.2f}":
+            {"measured": bits[:, b], "chance": by_chance[:, b]} for b, name in enumerate(FACTORS)}
     counts, pairs = symbol_counts(ids, vocab), random_pairs(len(ids), pairs)
     halves = torch.randperm(len(ids)).tensor_split(2)
     measures = {"posdis": lambda f: disentanglement(ids, f),
-                "bosdis": lambda f: disentanglement(counts, f)}
+                "bosdis": lambda f: disentanglement(counts, f),
+                "symbols that name a value": lambda f: naming_share(ids, f, halves, vocab)}
     for d in DISTANCES:
         measures[f"topographic similarity, {d}"] = (
             lambda f, d=d: topographic_similarity(ids, f, pairs, d))
-    measures["symbols that name a value"] = lambda f: naming_share(ids, f, halves, vocab)
     for name, measure in measures.items():
         rows[name] = {"measured": measure(factors), "chance": chance(measure, factors, times)}
     return rows
@@ -288,8 +283,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.images < 2 or min(args.pairs, args.permutations) < 1 or not 0 < args.hide < 1:
-            raise ValueError("--images must be at least 2, --pairs and --permutations at least 1, "
-                             "--hide between 0 and 1")
+            raise ValueError("at least: --images 2, --pairs 1, --permutations 1; --hide in (0, 1)")
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
         if args.json and not args.json.absolute().parent.is_dir():
@@ -300,11 +294,13 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         rows = figures(lambda x, attention: read(teacher, student, x, size, attention), test,
                        config["vocab"], args.hide, args.pairs, args.permutations)
-        print(f"{name}: {len(test)} test images; {args.permutations} permutations for chance")
+        print(f"{name}: {len(test)} test images, {args.pairs} pairs of them, chance: "
+              f"{args.permutations} permutations")
         print_table(rows)
         if args.json:
             part = args.json.with_name(f"{args.json.name}.tmp")
-            part.write_text(json.dumps({"data": name, "images": len(test)} | rows, indent=1) + "\n")
+            about = {"data": name, "images": len(test), "pairs": args.pairs, "seed": args.seed}
+            part.write_text(json.dumps(about | rows, indent=1) + "\n")
             os.replace(part, args.json)
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.measures: {error}") from None
