@@ -1,20 +1,17 @@
 """What the symbols mean, where they look and how firmly they are said: measures of the language.
 
-    python -m extras.measures runs/shapes/ckpt.pt
-    python -m extras.measures runs/shapes/ckpt.pt --images 5000 --json measures.json
+    python -m extras.measures runs/shapes/ckpt.pt --json measures.json
     python -m extras.measures runs/cats/ckpt.pt --data folder:PATH       # no factors: the last two
 
 On `shapes`, whose factors and object masks are known: mutual information, disentanglement,
 topographic similarity, symbols that name a factor value, the pointing game. On any pictures:
-faithfulness of the attention, stability of the symbols. Each stands beside its chance level, the
-mean over permutations of the pictures' answers (factors, masks, symbols): what the same measure
-gives when symbols and pictures have nothing to do with each other. Symbols are hard (argmax).
+faithfulness of the attention, stability of the symbols. Beside each its chance level: the mean over
+permutations of the pictures' answers (factors, masks, symbols). Symbols are hard (argmax).
 """
 import argparse
 import io
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +57,14 @@ def disentanglement(said, factors):
         mean over a of  (I(said_a; best factor) - I(said_a; second best)) / H(said_a)
 
     over those a that vary; 0 if none does. Positional (posdis) where said is ids; bag of symbols
-    (bosdis) where it is `symbol_counts(ids)` (Chaabouni et al. 2020, section 3)."""
+    (bosdis) where it is `symbol_counts(ids)` (Chaabouni et al. 2020)."""
     said = said[:, (said != said[:1]).any(0)]
     if not said.shape[1]:
         return 0.0
     best = mutual_information(said, factors).topk(2).values                     # (A, 2)
-    most = int(said.max()) + 1
-    histograms = torch.stack([column.bincount(minlength=most) for column in said.T])
-    return ((best[:, 0] - best[:, 1]) / entropy(histograms / len(said))).mean().item()
+    counts = [column.unique(return_counts=True)[1] for column in said.T]
+    bits = torch.cat([entropy(count[None] / len(said)) for count in counts])    # (A,)
+    return ((best[:, 0] - best[:, 1]) / bits).mean().item()
 
 
 def symbol_counts(ids, vocab):
@@ -104,8 +101,7 @@ DISTANCES = {"hamming": hamming_distance, "edit": edit_distance, "bag": bag_dist
 def ranks(x):
     """(P,) -> (P,) ranks from 0, ties share their mean rank."""
     _, place, counts = x.unique(return_inverse=True, return_counts=True)
-    counts = counts.double()
-    return (counts.cumsum(0) - (counts + 1) / 2)[place]
+    return (counts.cumsum(0) - (counts.double() + 1) / 2)[place]
 
 
 def topographic_similarity(ids, factors, pairs, distance="edit"):
@@ -116,12 +112,6 @@ def topographic_similarity(ids, factors, pairs, distance="edit"):
     apart = [hamming_distance(factors[a], factors[b]), messages(ids[a], ids[b])]
     x, y = (ranks(d) - ranks(d).mean() for d in apart)
     return ((x @ y) / (x.norm() * y.norm()).clamp(min=1e-9)).item()
-
-
-def random_pairs(n, count):
-    """`count` pairs of different pictures, drawn with replacement: (count, 2) in 0..n-1."""
-    first = torch.randint(n, (count,))
-    return torch.stack([first, (first + torch.randint(1, n, (count,))) % n], 1)
 
 
 def naming_share(ids, factors, halves, vocab, least=10, lift=2.0):
@@ -164,9 +154,8 @@ def pointing(attention, cover):
 
 def hide(images, score, k):
     """images (n, 3, H, W) uint8, the k patches of the highest score (n, N) in their mean colour."""
-    n, patches = score.shape
-    chosen = torch.zeros(n, patches).scatter_(1, score.topk(k).indices, 1)
-    chosen = chosen.view(n, 1, *[math.isqrt(patches)] * 2)
+    chosen = torch.zeros_like(score).scatter_(1, score.topk(k).indices, 1)
+    chosen = chosen.unflatten(1, (1, math.isqrt(score.shape[1]), -1))           # (n, 1, h, w)
     mean = images.mean((2, 3), keepdim=True, dtype=torch.float32).round().byte()
     return torch.where(F.interpolate(chosen, images.shape[-2:]) > 0, mean, images)
 
@@ -182,6 +171,7 @@ def faithfulness(describe, images, ids, attention, k):
     def changed(score):                                                         # (n, T, N) -> (T,)
         said = [describe(hide(images, score[:, t], k))[:, t] for t in range(ids.shape[1])]
         return 1 - unchanged(ids, torch.stack(said, 1))
+
     other = attention.roll(len(attention) // 2, 0)
     return {"attended": changed(attention), "attended in another": changed(other),
             "random": changed(torch.rand_like(attention))}
@@ -217,8 +207,10 @@ def language_figures(ids, factors, vocab, pairs, times):
     by_chance = chance(lambda f: mutual_information(ids, f), factors, times)
     rows = {f"bits about {name}, of {most[b]:.2f}":
             {"measured": bits[:, b], "chance": by_chance[:, b]} for b, name in enumerate(FACTORS)}
-    counts, pairs = symbol_counts(ids, vocab), random_pairs(len(ids), pairs)
-    halves = torch.randperm(len(ids)).tensor_split(2)
+    n, counts = len(ids), symbol_counts(ids, vocab)
+    halves = torch.randperm(n).tensor_split(2)
+    first, step = torch.randint(n, (pairs,)), torch.randint(1, n, (pairs,))
+    pairs = torch.stack([first, (first + step) % n], 1)                         # of two, never of one
     measures = {"posdis": lambda f: disentanglement(ids, f),
                 "bosdis": lambda f: disentanglement(counts, f),
                 "symbols that name a value": lambda f: naming_share(ids, f, halves, vocab)}
@@ -298,10 +290,8 @@ def main(argv=None):
               f"{args.permutations} permutations")
         print_table(rows)
         if args.json:
-            part = args.json.with_name(f"{args.json.name}.tmp")
             about = {"data": name, "images": len(test), "pairs": args.pairs, "seed": args.seed}
-            part.write_text(json.dumps(about | rows, indent=1) + "\n")
-            os.replace(part, args.json)
+            args.json.write_text(json.dumps(about | rows, indent=1) + "\n")
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.measures: {error}") from None
 
