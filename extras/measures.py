@@ -153,7 +153,8 @@ def pointing(attention, cover):
 
 
 def hide(images, score, k):
-    """images (n, 3, H, W) uint8, the k patches of the highest score (n, N) in their mean colour."""
+    """images (n, 3, H, W) uint8 -> the same, the k patches of the highest score (n, N) painted over
+    in the picture's mean colour."""
     chosen = torch.zeros_like(score).scatter_(1, score.topk(k).indices, 1)
     chosen = chosen.unflatten(1, (1, math.isqrt(score.shape[1]), -1))           # (n, 1, h, w)
     mean = images.mean((2, 3), keepdim=True, dtype=torch.float32).round().byte()
@@ -210,7 +211,7 @@ def language_figures(ids, factors, vocab, pairs, times):
     n, counts = len(ids), symbol_counts(ids, vocab)
     halves = torch.randperm(n).tensor_split(2)
     first, step = torch.randint(n, (pairs,)), torch.randint(1, n, (pairs,))
-    pairs = torch.stack([first, (first + step) % n], 1)                         # of two, never of one
+    pairs = torch.stack([first, (first + step) % n], 1)                     # of two, never of one
     measures = {"posdis": lambda f: disentanglement(ids, f),
                 "bosdis": lambda f: disentanglement(counts, f),
                 "symbols that name a value": lambda f: naming_share(ids, f, halves, vocab)}
@@ -240,8 +241,8 @@ def figures(describe, image_set, vocab, share=0.25, pairs=50_000, times=20):
     kept = faithfulness(lambda x: describe(x, False)[0], images, ids, attention, k)
     rows[f"changed, {k} of {patches} patches hidden"] = kept
     for other in ("random", "attended in another"):
-        pairs = [[kept[kind][:end].mean().item() for kind in ("attended", other)] for end in (t, 1)]
-        total, first = (a / b if b else None for a, b in pairs)
+        shares = ([kept[kind][:end].mean().item() for kind in ("attended", other)] for end in (t, 1))
+        total, first = (a / b if b else None for a, b in shares)
         rows[f"attended / {other}"] = {"all positions": total, "position 1": first}
     stays = {f.__name__: unchanged(ids, describe(f(images), False)[0]) for f in (crop, noise, jpeg)}
     rows["unchanged"] = stays | {"chance": chance(lambda x: unchanged(ids, x), ids, times)}
