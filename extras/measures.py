@@ -241,8 +241,8 @@ def figures(describe, image_set, vocab, share=0.25, pairs=50_000, times=20):
     kept = faithfulness(lambda x: describe(x, False)[0], images, ids, attention, k)
     rows[f"changed, {k} of {patches} patches hidden"] = kept
     for other in ("random", "attended in another"):
-        shares = ([kept[kind][:end].mean().item() for kind in ("attended", other)] for end in (t, 1))
-        total, first = (a / b if b else None for a, b in shares)
+        means = ([kept[x][:end].mean().item() for x in ("attended", other)] for end in (t, 1))
+        total, first = (a / b if b else None for a, b in means)
         rows[f"attended / {other}"] = {"all positions": total, "position 1": first}
     stays = {f.__name__: unchanged(ids, describe(f(images), False)[0]) for f in (crop, noise, jpeg)}
     rows["unchanged"] = stays | {"chance": chance(lambda x: unchanged(ids, x), ids, times)}

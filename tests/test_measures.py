@@ -216,6 +216,25 @@ def test_a_planted_describer_gets_every_figure():
     assert rows["unchanged"]["chance"] == pytest.approx([1 / size for size in SIZES], abs=0.03)
 
 
+def test_pictures_without_factors_get_what_needs_none(capsys):
+    """Brightness is the only symbol, and the attention is on the one bright patch of four."""
+    images = torch.full((40, 3, 8, 8), 10, dtype=torch.uint8)
+    images[:, :, 4:, :4] = 250
+    looks = torch.tensor([0, 0, 1.0, 0]).expand(40, 1, 4)
+    pictures = train.data.ImageSet(images, torch.full((40,), -1), [])
+    rows = measures.figures(lambda x, _: ((x.amax((1, 2, 3)) > 150).long()[:, None], looks),
+                            pictures, 2, share=0.25, times=2)
+    assert list(rows) == ["changed, 1 of 4 patches hidden", "attended / random",
+                          "attended / attended in another", "unchanged"]
+    changed = rows["changed, 1 of 4 patches hidden"]
+    assert changed["attended"] == [1] and changed["attended in another"] == [1]
+    assert rows["attended / random"]["position 1"] == 1 / changed["random"][0]
+    assert rows["unchanged"] == {"crop": [1], "noise": [1], "jpeg": [1], "chance": [1]}
+    measures.print_table(rows)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert "changed, 1 of 4 patches hidden attended 1.000 1.000".split() in lines
+
+
 def test_the_command_on_a_checkpoint(tiny_trainer, tmp_path, capsys):
     trainer = tiny_trainer()
     config = {**vars(trainer.args), "out": "", "data": "shapes"}
