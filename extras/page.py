@@ -1,10 +1,10 @@
-"""One HTML page of what a student says: its training, samples, a dictionary, a tree of prefixes.
+"""What a student says, as one HTML page: training, samples, a dictionary, a tree of prefixes.
 
     python -m extras.page runs/a/ckpt.pt -o page.html
-    python -m extras.page runs/a/ckpt.pt --images 5000 --symbols 128     # surer figures, larger file
+    python -m extras.page runs/a/ckpt.pt --images 5000 --symbols 128     # surer, and larger
 
-The page needs nothing else: pictures are inside it, there is no script and no network. What a symbol
-means is told by its lift, over the images whose value (a class, a colour, ...) is known:
+The page needs nothing else: its pictures are inside, no script and no network. What a symbol
+goes with is told by its lift, over the images whose value (a class, a colour, ...) is known:
 
     lift(value | symbol) = P(value | the image says the symbol) / P(value)
 """
@@ -14,6 +14,7 @@ import io
 import math
 from html import escape
 from pathlib import Path
+from string import Template
 
 import torch
 from PIL import Image
@@ -24,49 +25,10 @@ from evaluate import code_figures
 from model import load_checkpoint
 
 THUMB = 64                          # pixels: the side of a thumbnail; smaller pictures keep theirs
-SAMPLES, SHOWN, MEANINGS, FRIENDS = 8, 8, 3, 4      # sample rows; and a symbol's images, values, ...
-GROUPS, BRANCHES, FEW = 24, 6, 6                    # first symbols, second symbols of each, images
+SAMPLES, SHOWN, MEANINGS, FRIENDS = 8, 8, 3, 4      # sample rows; of a symbol: images, values, ..
+GROUPS, BRANCHES, FEW = 24, 6, 6    # first symbols, second symbols of each, images of a group
 
-CSS = """
-:root { color-scheme: light; font: 16px/1.45 system-ui, sans-serif; color: #191c21; background: #fff }
-body { max-width: 1240px; margin: 0 auto; padding: 0 16px 48px; overflow-wrap: anywhere }
-h1, h2 { line-height: 1.2 } h2 { margin: 48px 0 8px; border-top: 1px solid #ddd; padding-top: 16px }
-p { max-width: 75ch; margin: 8px 0 } nav a { margin-right: 16px } a { color: #0057a3 }
-img { display: block; max-width: 100%; border-radius: 3px } .p { image-rendering: pixelated }
-.panels { display: flex; flex-wrap: wrap; gap: 8px }
-.chip { display: inline-block; min-width: 2em; padding: 0 6px; border-radius: 4px; text-align: center;
-  font-size: 14px; font-weight: 600; text-decoration: none }
-.sample { display: grid; gap: 6px; margin: 16px 0; align-items: start;
-  grid-template-columns: repeat(var(--all), minmax(0, 1fr)) }
-.sample div:first-child { font-size: 14px } .sample img { width: 100% }
-.sample .chip { display: block; padding: 0; margin-bottom: 3px }
-.cards { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 540px), 1fr)) }
-.card { border: 1px solid #ddd; border-radius: 8px; padding: 12px; scroll-margin-top: 8px }
-.head { display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: end; font-size: 14px }
-.head .chip { font-size: 20px; padding: 2px 10px; align-self: start } .head span { flex: 1 1 150px }
-.bars { display: flex; gap: 2px; align-items: end; font-size: 11px; line-height: 1.2; color: #555 }
-.bars div { width: 26px; text-align: center } .bars i { display: block; background: #7a8ba3 }
-.looks { display: grid; gap: 4px; margin: 10px 0; grid-template-columns: repeat(8, minmax(0, 1fr)) }
-.looks img { width: 100% } .looks img + img { margin-top: 2px }
-table { border-collapse: collapse; font-size: 14px } .card td, .card th { padding: 1px 10px 1px 0 }
-th { text-align: left; font-weight: 500; color: #555; vertical-align: top } td { vertical-align: top }
-.wide { overflow-x: auto } .wide table { white-space: nowrap; overflow-wrap: normal }
-.wide td, .wide th { padding: 2px 10px 2px 0; border-bottom: 1px solid #eee }
-.n { text-align: right; font-variant-numeric: tabular-nums } .quiet { color: #555; font-size: 14px }
-details { margin: 4px 0 } summary { cursor: pointer; padding: 4px 0 } ul { list-style: none; margin: 0 }
-.tree details { border-top: 1px solid #eee } .tree ul { padding-left: 20px; border-left: 3px solid #ddd }
-.tree li { margin: 10px 0 } .few { display: flex; flex-wrap: wrap; gap: 3px; margin: 4px 0 }
-.few img { width: 48px; height: 48px }
-@media (max-width: 600px) {
-  .sample { grid-template-columns: repeat(5, minmax(0, 1fr)) }
-  .sample div:first-child { grid-row: span var(--rows) }
-  .looks { grid-template-columns: repeat(4, minmax(0, 1fr)) } .tree ul { padding-left: 10px } }
-@media print {
-  :root { font-size: 10pt } * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  nav { display: none } .card, .sample, .panels img, li, tr { break-inside: avoid }
-  .wide { overflow: visible } .wide table { font-size: 7pt; white-space: normal }
-  details::details-content { content-visibility: visible; display: block; height: auto } }
-"""
+TEMPLATE = Path(__file__).with_suffix(".html")      # the page's words, and its look
 
 
 # ---- what goes with a symbol ---------------------------------------------------------------------
@@ -80,8 +42,8 @@ def attributes(data):
 
 
 def lifts(chosen, values, names):
-    """chosen (n,) bool, values (n,) as in `attributes` -> [(name, lift, hits, uses)] of the values
-    that occur in the `uses` chosen images of known value, `hits` of them with this one.
+    """chosen (n,) bool, values (n,) as in `attributes` -> [(name, lift, hits)] of the values that
+    occur in the chosen images of known value, in `hits` of them.
 
     First the value that tells most: largest hits * log(lift), its share of the divergence between
     the chosen images and all. By lift alone, one odd image of a rare class would come first."""
@@ -89,12 +51,12 @@ def lifts(chosen, values, names):
     total = values[known].bincount(minlength=len(names)).tolist()
     hits = values[known & chosen].bincount(minlength=len(names)).tolist()
     uses, n = sum(hits), sum(total)
-    rows = [(names[c], h * n / (uses * total[c]), h, uses) for c, h in enumerate(hits) if h]
+    rows = [(names[c], h * n / (uses * total[c]), h) for c, h in enumerate(hits) if h]
     return sorted(rows, key=lambda row: (-row[2] * math.log(row[1]), -row[2]))
 
 
 def companions(said, symbol, count):
-    """said (n, K) bool -> the `count` other symbols most often said of the images that say `symbol`:
+    """said (n, K) bool -> the `count` other symbols most often in sequences that hold `symbol`:
     [(symbol, images)], the most frequent first, without those it never meets."""
     together = said[said[:, symbol]].sum(0)
     together[symbol] = 0
@@ -122,9 +84,9 @@ def img(picture, alt="", kind="JPEG", look=""):
 
 
 def picture(pixels, side, alt=""):
-    """uint8 (3, H, W) -> an <img> of at most `side` pixels; small drawings keep their own pixels."""
+    """uint8 (3, H, W) -> an <img> of at most `side` pixels; tiny pictures keep theirs."""
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    look = "p" if image.width <= 32 else ""
+    look = "pixels" if image.width <= 32 else ""
     if image.width > side:
         image = image.resize((side, side), Image.BICUBIC)
     return img(image, alt, look=look)
@@ -133,27 +95,22 @@ def picture(pixels, side, alt=""):
 def chip(symbol, link=True):
     """The id on its colour, leading to its place in the dictionary."""
     colour, ink = visualize.chip_colours(symbol)
-    style = f'class="chip" style="background:rgb{colour};color:rgb{ink}"'
-    return f'<a {style} href="#s{symbol}">{symbol}</a>' if link else f"<span {style}>{symbol}</span>"
+    tag, place = ("a", f' href="#s{symbol}"') if link else ("span", "")
+    style = f"background:rgb{colour};color:rgb{ink}"
+    return f'<{tag} class="chip" style="{style}"{place}>{symbol}</{tag}>'
 
 
-def times(lift):
-    return f"× {lift:.2f}" if lift < 10 else f"× {lift:.1f}"
-
-
-def gist(chosen, known):
-    """One line about the images chosen (n,) bool: the value of each attribute that tells most."""
-    rows = [lifts(chosen, *attribute) for attribute in known.values()]
-    best = [row[0] for row in rows if row]
-    return ", ".join(f"{escape(name)} {hits} of {uses} ({times(lift)})"
-                     for name, lift, hits, uses in best)
+def meanings(chosen, attribute, count):
+    """The `count` values that tell most of the images chosen (n,) bool: "disc × 3.20 (8), ..."."""
+    return ", ".join(f'{escape(value)} × {lift:.2f} <span class="quiet">({hits})</span>'
+                     for value, lift, hits in lifts(chosen, *attribute)[:count] if lift >= 1)
 
 
 # ---- the four parts of the page ------------------------------------------------------------------
 
 def training(rows):
-    """Rows of metrics.jsonl -> a PNG for each panel of the curves, so that a phone can stack them."""
-    width, height, parts = 340, 254, []
+    """Rows of metrics.jsonl -> a PNG for each panel of the curves: a phone can stack them."""
+    width, height, parts = 296, 254, []     # pixels: four abreast on a desktop
     for key, title in visualize.PANELS.items():
         sheet = visualize.Sheet(width, height)
         visualize.panel(sheet, 50, 30, width, height, key, [rows])
@@ -185,14 +142,12 @@ def card(symbol, ids, said, attention, data, known, thumbs):
         mask = attention[i][ids[i] == symbol].mean(0)           # said twice: the mean of its masks
         seen = picture(visualize.overlay(data.images[i], mask, THUMB), THUMB)
         looks.append(f"<div>{thumbs[i]}{seen}</div>")
-    rows = {name: [f"{escape(value)} {times(lift)} <span class='quiet'>({hits} of {uses})</span>"
-                   for value, lift, hits, uses in lifts(said[:, symbol], *attribute)[:MEANINGS]
-                   if lift >= 1] for name, attribute in known.items()}
-    rows["said with"] = [f"{chip(s)} {m}" for s, m in companions(said, symbol, FRIENDS)]
-    rows = "".join(f"<tr><th>{escape(n)}</th><td>{', '.join(r)}</td></tr>" for n, r in rows.items())
+    rows = {name: meanings(said[:, symbol], known[name], MEANINGS) for name in known}
+    rows["said with"] = ", ".join(f"{chip(s)} {m}" for s, m in companions(said, symbol, FRIENDS))
+    rows = "".join(f"<tr><th>{name}</th><td>{row}</td></tr>" for name, row in rows.items())
     often = f"{len(users)} images, {100 * len(users) / len(ids):.1f} %<br>said {sum(places)} times"
     return (f'<article class="card" id="s{symbol}"><div class="head">{chip(symbol, link=False)}'
-            f'<span>{often}</span><div class="bars">{bars}</div></div>'
+            f'<p>{often}</p><div class="bars">{bars}</div></div>'
             f'<div class="looks">{"".join(looks)}</div><table>{rows}</table></article>')
 
 
@@ -205,13 +160,14 @@ def dictionary(ids, attention, data, known, thumbs, vocab, count):
     lines = []
     for rank, s in enumerate(order):
         place = "" if rank < count else f' id="s{s}"'           # a chip leads to the fullest entry
-        cells = [f"{m or ''}" for m in [int(uses[s]), *(ids == s).sum(0).tolist()]]
-        best = [gist(said[:, s], {name: attribute}) for name, attribute in known.items()]
-        friends = " ".join(f"{chip(f)} {m}" for f, m in companions(said, s, 1))
-        lines.append(f"<tr{place}><td>{chip(s)}</td>" + "".join(f'<td class="n">{c}</td>' for c in cells)
-                     + "".join(f"<td>{c}</td>" for c in [*best, friends]) + "</tr>")
+        counts = "".join(f'<td class="n">{m or ""}</td>'
+                         for m in [int(uses[s]), *(ids == s).sum(0).tolist()])
+        cells = [meanings(said[:, s], attribute, 1) for attribute in known.values()]
+        cells += [f"{chip(f)} {m}" for f, m in companions(said, s, 1)]
+        cells = "".join(f"<td>{cell}</td>" for cell in cells)
+        lines.append(f"<tr{place}><td>{chip(s)}</td>{counts}{cells}</tr>")
     heads = ["symbol", "images", *range(1, ids.shape[1] + 1), *known, "said with"]
-    heads = "".join(f"<th>{escape(str(h))}</th>" for h in heads)
+    heads = "".join(f"<th>{head}</th>" for head in heads)
     return (f'<div class="cards">{cards}</div><details><summary>All {len(order)} symbols that are '
             f'said, of {vocab}</summary><div class="wide"><table><thead><tr>{heads}</tr></thead>'
             f'<tbody>{"".join(lines)}</tbody></table></div></details>')
@@ -223,8 +179,9 @@ def tree(ids, known, thumbs):
         chosen = torch.zeros(len(ids), dtype=torch.bool).index_fill_(0, members, True)
         few = members[visualize.spread(len(members), FEW)].tolist()
         chips = " ".join(chip(s, link=False) for s in prefix)
+        gist = ", ".join(meanings(chosen, attribute, 1) for attribute in known.values())
         noun = "image" if len(members) == 1 else "images"
-        return (f'{chips} {len(members)} {noun} <span class="quiet">{gist(chosen, known)}</span>'
+        return (f'{chips} {len(members)} {noun} <span class="gist">{gist}</span>'
                 f'<span class="few">{"".join(thumbs[i] for i in few)}</span>')
 
     parts = []
@@ -244,40 +201,16 @@ def tree(ids, known, thumbs):
 def build(ids, attention, data, vocab, name, source, metrics=None, symbols=64):
     """ids (n, T) in 0..vocab-1, attention (n, T, N), data: an ImageSet of n images from `source`,
     metrics: rows of metrics.jsonl, symbols: full entries -> the page, a string."""
-    n, length = ids.shape
-    known, figures = attributes(data), code_figures(ids, vocab)
+    (n, length), known, figures = ids.shape, attributes(data), code_figures(ids, vocab)
     names = [data.classes[c] if c >= 0 else "" for c in data.labels.tolist()]
     thumbs = [picture(image, THUMB, alt) for image, alt in zip(data.images, names)]
-    spread = ", ".join(f"{p:.0f}" for p in figures["perplexity"])
-    parts = {
-        "Training": ("One point an epoch." if metrics else "No metrics.jsonl beside the checkpoint.",
-                     training(metrics) if metrics else ""),
-        "Samples": ("Each symbol in the order said, above where the student looked when it said it: "
-                    "warm is attended. A symbol leads to its entry in the dictionary.",
-                    samples(ids, attention, data)),
-        "Dictionary": (f"The most frequent symbols first, over {n} images. Bars: how often it is said "
-                       "at each position. Images: evenly spread over all that say it, above where the "
-                       "student looked. × is the lift, P(value | symbol) / P(value); in brackets, how "
-                       "many of the images with the symbol have the value; with few, chance can do "
-                       f"it. Said with: the symbols most often in the same sequence. "
-                       f"Perplexity by position: {spread} of {vocab}; "
-                       f"{100 * figures['usage']:.0f} % of the vocabulary is said.",
-                       dictionary(ids, attention, data, known, thumbs, vocab, symbols)),
-        "Prefixes": ("From general to specific: images with the same first symbol, and within them "
-                     f"those with the same first two. The {GROUPS} largest groups; open one to see "
-                     "its parts.", tree(ids, known, thumbs)),
-    }
-    links = "".join(f'<a href="#{title.lower()}">{title}</a>' for title in parts)
-    body = "".join(f'<section><h2 id="{title.lower()}">{title}</h2><p class="quiet">{text}</p>{html}'
-                   "</section>\n" for title, (text, html) in parts.items())
-    title = f"What {escape(name)} says"
-    bits = f"{length * math.log2(vocab):.0f} bits"
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<style>{CSS}</style></head>\n<body><header><h1>{title}</h1><p>{n} test images of "
-            f"{escape(source)}, each described by {length} symbols of a vocabulary of {vocab} "
-            f"({bits}), which a student learned to say without labels.</p><nav>{links}</nav></header>"
-            f"\n{body}</body></html>\n")
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        name=escape(name), source=escape(source), n=n, length=length, vocab=vocab, groups=GROUPS,
+        bits=f"{length * math.log2(vocab):.0f}", usage=f"{100 * figures['usage']:.0f}",
+        perplexity=", ".join(f"{p:.0f}" for p in figures["perplexity"]),
+        training=training(metrics) if metrics else "<p>No metrics.jsonl beside the checkpoint.</p>",
+        samples=samples(ids, attention, data), tree=tree(ids, known, thumbs),
+        dictionary=dictionary(ids, attention, data, known, thumbs, vocab, symbols))
 
 
 def main(argv=None):
@@ -286,7 +219,7 @@ def main(argv=None):
     add("checkpoint", type=Path, help="RUN/ckpt.pt; RUN/metrics.jsonl gives the curves")
     add("-o", "--out", type=Path, default="page.html", help="the page's file")
     add("--images", type=int, default=2000, help="test images to read: more make the figures surer")
-    add("--symbols", type=int, default=64, help="symbols with a full entry: more make the file larger")
+    add("--symbols", type=int, default=64, help="symbols with a full entry: more, a larger file")
     add("--data", help="take the test images from here (default: the run's own data set)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
@@ -294,7 +227,8 @@ def main(argv=None):
         parser.error("--images is at least 1, --symbols at least 0")
     try:
         config, teacher, student = load_checkpoint(args.checkpoint, args.device)
-        run, size, source = args.checkpoint.parent, config["image_size"], args.data or config["data"]
+        run, size = args.checkpoint.parent, config["image_size"]
+        source = args.data or config["data"]
         metrics = visualize.read_metrics(run) if (run / "metrics.jsonl").exists() else None
         data = load(source, "test", size, args.images, config["seed"])
         ids, attention = visualize.read(teacher, student, data.images, size, attention=True)
