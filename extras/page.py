@@ -100,10 +100,12 @@ def chip(symbol, link=True):
     return f'<{tag} class="chip" style="{style}"{place}>{symbol}</{tag}>'
 
 
-def meanings(chosen, attribute, count):
-    """The `count` values that tell most of the images chosen (n,) bool: "disc × 3.20 (8), ..."."""
-    return ", ".join(f'{escape(value)} × {lift:.2f} <span class="quiet">({hits})</span>'
-                     for value, lift, hits in lifts(chosen, *attribute)[:count] if lift >= 1)
+def meanings(chosen, attribute, count, least=0):
+    """The `count` values that tell most of the images chosen (n,) bool: "disc × 3.20 (8), ...",
+    without those more frequent elsewhere, and those of fewer than `least` images."""
+    rows = [row for row in lifts(chosen, *attribute) if row[1] >= 1 and row[2] >= least]
+    return ", ".join(f'{escape(value)} ×&nbsp;{lift:.2f}&nbsp;<span class="quiet">({hits})</span>'
+                     for value, lift, hits in rows[:count])
 
 
 # ---- the four parts of the page ------------------------------------------------------------------
@@ -179,9 +181,9 @@ def tree(ids, known, thumbs):
         chosen = torch.zeros(len(ids), dtype=torch.bool).index_fill_(0, members, True)
         few = members[visualize.spread(len(members), FEW)].tolist()
         chips = " ".join(chip(s, link=False) for s in prefix)
-        gist = ", ".join(meanings(chosen, attribute, 1) for attribute in known.values())
+        gist = [meanings(chosen, attribute, 1, len(members) / 2) for attribute in known.values()]
         noun = "image" if len(members) == 1 else "images"
-        return (f'{chips} {len(members)} {noun} <span class="gist">{gist}</span>'
+        return (f'{chips} {len(members)} {noun} <span class="gist">{", ".join(filter(None, gist))}</span>'
                 f'<span class="few">{"".join(thumbs[i] for i in few)}</span>')
 
     parts = []
