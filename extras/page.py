@@ -182,8 +182,9 @@ def tree(ids, known, thumbs):
         few = members[visualize.spread(len(members), FEW)].tolist()
         chips = " ".join(chip(s, link=False) for s in prefix)
         gist = [meanings(chosen, attribute, 1, len(members) / 2) for attribute in known.values()]
+        gist = ", ".join(filter(None, gist))
         noun = "image" if len(members) == 1 else "images"
-        return (f'{chips} {len(members)} {noun} <span class="gist">{", ".join(filter(None, gist))}</span>'
+        return (f'{chips} {len(members)} {noun} <span class="gist">{gist}</span>'
                 f'<span class="few">{"".join(thumbs[i] for i in few)}</span>')
 
     parts = []

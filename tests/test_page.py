@@ -147,7 +147,7 @@ def test_factors_of_shapes_are_told():
 
 def test_large_pictures_become_thumbnails():
     text = page.picture(torch.zeros(3, 256, 256, dtype=torch.uint8), 64)
-    assert len(text) < 2000 and "pixels" not in text            # scaled down smoothly, not in blocks
+    assert len(text) < 2000 and "pixels" not in text            # smoothly, not in blocks
 
 
 def test_the_command_writes_a_page_and_names_what_is_wrong(tiny, tmp_path, capsys):
