@@ -77,7 +77,7 @@ def prefix_groups(ids, members, t, count):
 def img(picture, alt="", kind="JPEG", look=""):
     """A PIL image -> an <img> that holds it."""
     file = io.BytesIO()
-    picture.save(file, kind, **({"quality": 88, "subsampling": 0} if kind == "JPEG" else {}))
+    picture.save(file, kind, **({"quality": 80, "subsampling": 0} if kind == "JPEG" else {}))
     code = base64.b64encode(file.getvalue()).decode()
     look = f' class="{look}"' if look else ""
     return f'<img{look} alt="{escape(alt)}" src="data:image/{kind.lower()};base64,{code}">'
