@@ -68,10 +68,15 @@ class Sheet:
         at = round(x - align * letters.getlength(text)), round(y - (top + bottom) / 2)
         self.labels.append((at, text, fill, letters))
 
-    def save(self, path):
+    def render(self):
+        """-> the finished PIL image, at true size."""
         page = self.page.reduce(self.SCALE)
         for label in self.labels:
             ImageDraw.Draw(page).text(*label)
+        return page
+
+    def save(self, path):
+        page = self.render()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         page.save(path)
         return Path(path)
@@ -97,13 +102,19 @@ def spread(n, count):
     return torch.linspace(0, n - 1, min(n, count)).round().long()
 
 
-def draw_chip(sheet, x, y, symbol, width):
-    """The id on the symbol's colour, the same in every figure. Golden-ratio steps round the circle
-    of hues keep ids that are near each other apart."""
+def chip_colours(symbol):
+    """The symbol's colour, the same in every figure, and the ink legible on it: two (r, g, b).
+    Golden-ratio steps round the circle of hues keep ids that are near each other apart."""
     hue, light = 360 * (symbol * 0.618034 % 1), (42, 56, 70)[symbol % 3]
     colour = ImageColor.getrgb(f"hsl({hue:.0f}, 62%, {light}%)")
+    bright = np.dot(colour, (0.299, 0.587, 0.114)) > 140        # its luminance
+    return colour, INK if bright else (255, 255, 255)
+
+
+def draw_chip(sheet, x, y, symbol, width):
+    """The id on the symbol's colour."""
+    colour, ink = chip_colours(symbol)
     sheet.box(x, y, width, CHIP, colour)
-    ink = INK if np.dot(colour, (0.299, 0.587, 0.114)) > 140 else "white"       # by its luminance
     sheet.text(x + width / 2, y + CHIP / 2, str(symbol), 14, ink, 0.5)
 
 
@@ -293,6 +304,14 @@ def plot(sheet, box, title, lines, levels=()):
     return place
 
 
+def panel(sheet, x, y, width, height, key, tables):
+    """The curve of metric `key` of PANELS, a line for each table of `read_metrics`, at (x, y)."""
+    lines = [(colour, series(rows, key)) for colour, rows in zip(RUN_COLOURS, tables)]
+    levels = {level for rows in tables for _, level in series(rows, key + "_max")}
+    plot(sheet, (x, y, x + width - 70, y + height - 74), PANELS[key], lines, levels)
+    sheet.text(x + width - 70, y + height - 44, "epoch", 12, GREY, 1)
+
+
 def curves(runs, path):
     """Training curves of the runs (folders with metrics.jsonl) in one PNG. -> path. Raises
     FileNotFoundError for a folder without metrics, ValueError for an empty or foreign file."""
@@ -308,12 +327,9 @@ def curves(runs, path):
         x, y = MARGIN + 44 + i % columns * width, MARGIN + 6 + i // columns * 22
         sheet.line([(x, y), (x + 24, y)], RUN_COLOURS[i], 3)
         sheet.text(x + 32, y, name, 14, room=width - 44)
-    for i, (key, title) in enumerate(PANELS.items()):
+    for i, key in enumerate(PANELS):
         x, y = MARGIN + 44 + i % columns * width, top + i // columns * height
-        lines = [(colour, series(rows, key)) for colour, rows in zip(RUN_COLOURS, tables)]
-        levels = {level for rows in tables for _, level in series(rows, key + "_max")}
-        plot(sheet, (x, y, x + width - 70, y + height - 74), title, lines, levels)
-        sheet.text(x + width - 70, y + height - 44, "epoch", 12, GREY, 1)
+        panel(sheet, x, y, width, height, key, tables)
     return sheet.save(path)
 
 
