@@ -14,7 +14,8 @@ TINY = """--image-size 8 --width 64 --depth 1 --prototypes 16 --hidden 32 --bott
     --epochs 2 --warmup 1 --lr 0.01 --every 4 --device cpu""".split()
 STEPS = 10                                              # 100 pictures are left to train on
 NETWORKS = {"patch embedding": ["--stem", "--centering", "centre"],
-            "stem and local crops": ["--stem", "4", "8", "--locals", "2", "--local-size", "4"]}
+            "stem and local crops": ["--stem", "4", "8", "--locals", "2", "--local-size", "4"],
+            "deep stem": ["--stem", "4", "4", "8", "8", "8", "--crop", "0.5", "1"]}
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +115,10 @@ def test_the_file_is_the_ema_teacher(tmp_path, network):
     error = (loaded(x)[:, 0] - teacher).abs().max()
     assert error < 0.01 < 0.1 < (student - teacher).abs().max()       # CLS leaves a LayerNorm: of size 1
     assert teacher.std(0).mean() > 0.01                               # and tells pictures apart
+
+
+def test_a_stem_halves_the_picture_where_its_channels_change():
+    strides = [layer[0].stride[0] for layer in model.small_vit(8, 4, 64, 1, 1, (4, 4, 8, 8)).vit.conv_proj if len(list(layer.children()))]
+    assert strides == [2, 1, 2, 1]
+    with pytest.raises(ValueError, match="makes patches of 8 pixels, not 4"):
+        model.small_vit(8, 4, 64, 1, 1, (4, 8, 16))
