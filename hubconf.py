@@ -16,8 +16,8 @@ dependencies = ["torch", "torchvision"]
 
 
 class _Symbolizer(nn.Module):       # underscore: torch.hub.list() shows all callables without one
-    """A frozen teacher and student. B pictures, T symbols of K, D prefixes (1, 2, 4, … T), width d.
-    Everything is in float32: bf16 would change some symbols, and batches of other sizes others."""
+    """A frozen teacher and student. B pictures, T symbols of K, D prefixes (1, 2, 4 … T), width d.
+    All is in float32: bf16 would change some symbols, and batches of other sizes others."""
 
     def __init__(self, config, teacher, student):
         super().__init__()

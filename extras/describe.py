@@ -1,4 +1,4 @@
-"""A folder of pictures as symbols, one JSON line each; the pictures most like one; an audit of codes.
+"""A folder of pictures as symbols, one JSON line each; the pictures most like one; an audit.
 
     python -m extras.describe ckpt.pt FOLDER -o symbols.jsonl              # killed? run it again
     python -m extras.describe ckpt.pt --like cat.jpg -o symbols.jsonl      # the nearest pictures
@@ -13,10 +13,7 @@ It refuses if the lines are not those of FOLDER's first pictures, or if the firs
 again, does not get its line's symbols and log_prob: then another checkpoint has written them.
 
 --like compares cosines of z_s, read from the symbols alone; it cannot see who wrote the file.
---check reads any system's codes: lines with "symbols", as many in each, and perhaps a "label". Its
-k-NN compares one-hot symbols, so its cosine is the share of positions that agree. Mutual information
-is that of the counts, in bits (nats / ln 2); few pictures inflate it, by about what it is with the
-labels shuffled, which is printed below it.
+--check audits a file of any system's codes, see extras/codes.py.
 """
 import argparse
 import heapq
@@ -27,7 +24,6 @@ import mmap
 import os
 import sys
 import time
-from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,38 +31,12 @@ import torch
 import torch.nn.functional as F
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import evaluate
 import hubconf
 from data import read_image, try_read
+from extras import codes
 
 START = b'{"path": "'               # how each line of ours begins
 SAME = 0.02                         # nats by which a log_prob may differ between machines
-ONE_HOT = 2**27                     # most numbers of a one-hot matrix for k-NN: 0.5 GB
-
-
-def rows(path, torn=False):
-    """Yields ("FILE, line n", its object) after checking its symbols. Raises ValueError with the
-    line's number. torn: a last line without its end is left out."""
-    length = None
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if torn and not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} is not JSON ({error})") from None
-            ids = row.get("symbols") if isinstance(row, dict) else None
-            if not isinstance(ids, list) or not ids or any(type(i) is not int for i in ids):
-                raise ValueError(f'{where} needs "symbols", a list of whole numbers')
-            if min(ids) < 0 or max(ids) >= 2**63:
-                raise ValueError(f"{where}: symbols must be from 0 to 2^63 - 1, not {min(ids)}"
-                                 f" to {max(ids)}")
-            length = length or len(ids)
-            if len(ids) != length:
-                raise ValueError(f"{where} has {len(ids)} symbols, the lines before it {length}")
-            yield where, row
 
 
 # ---- a folder -> lines -----------------------------------------------------------------------
@@ -86,7 +56,7 @@ def describe(symbolizer, names, images, attention=False):
 
 
 def same(old, new):
-    """Whether two lines about one picture are of one checkpoint (and both with attention, or none)."""
+    """Whether two lines about one picture are of one checkpoint, with attention or both without."""
     try:
         close = [abs(a - b) < SAME for a, b in zip(old["log_prob"], new["log_prob"], strict=True)]
     except (KeyError, TypeError, ValueError):
@@ -105,7 +75,7 @@ def go_on(symbolizer, root, names, out, attention):
     if tail != START[:len(tail)]:
         raise ValueError(f"{out} is no file of this command; give another -o")
     done = lines = 0
-    for where, row in rows(out, torn=True):
+    for where, row in codes.rows(out, torn=True):
         # Only files that cannot be read may be missing between the lines
         while done < len(names) and names[done] != row.get("path"):
             if try_read(root / names[done], symbolizer.size) is not None:
@@ -113,8 +83,8 @@ def go_on(symbolizer, root, names, out, attention):
             done += 1
         if done == len(names) or names[done] != row.get("path"):
             expected = f"expected {names[done]}" if done < len(names) else "no picture is left"
-            raise ValueError(f"{where} is about {row.get('path')}, {expected}: not the beginning of "
-                             f"{root}; give another -o")
+            raise ValueError(f"{where} is about {row.get('path')}, {expected}: not the beginning "
+                             f"of {root}; give another -o")
         if not lines:
             image = read_image(root / names[done], symbolizer.size)
             if not same(row, describe(symbolizer, [names[done]], [image], attention)[0]):
@@ -147,7 +117,7 @@ def describe_folder(symbolizer, root, out, batch_size, attention):
             lines, done = lines + len(kept), i + len(batch)
             speed = (done - first) / (time.time() - start)
             print(f"{done}/{len(names)} files, {speed:.1f} images/s", end="\r", file=sys.stderr)
-    print(f"{out}: {lines} lines, {len(names) - lines} unreadable files skipped", file=sys.stderr)
+    print(f"\n{out}: {lines} lines, {len(names) - lines} files skipped", file=sys.stderr)
     if not lines:
         raise OSError(f"none of the {len(names)} images in {root} can be read")
 
@@ -155,93 +125,20 @@ def describe_folder(symbolizer, root, out, batch_size, attention):
 # ---- a picture -> the nearest lines ----------------------------------------------------------
 
 def like(symbolizer, image, path, count):
-    """The `count` lines of `path` whose z_s (all T symbols) has the largest cosine with the picture's
-    -> (its symbols, [(cosine, positions that agree, path, symbols)]); equal ones in the file's order."""
+    """The `count` lines of `path` whose z_s, of all T symbols, has the largest cosine with the
+    picture's -> (its symbols, [(cosine, positions that agree, path, symbols)]); ties: file's order."""
     own = symbolizer(read_image(image, symbolizer.size)[None]).cpu()                # (1, T)
-    z, best, lines = symbolizer.read(own)[:, -1], [], rows(path)                    # (1, d)
+    z, best, lines = symbolizer.read(own)[:, -1], [], codes.rows(path)                    # (1, d)
     while batch := list(itertools.islice(lines, 1000)):
         ids = torch.tensor([row["symbols"] for _, row in batch])                    # (b, T)
-        cosine = F.cosine_similarity(symbolizer.read(ids)[:, -1], z).double().tolist()
+        try:
+            cosine = F.cosine_similarity(symbolizer.read(ids)[:, -1], z).double().tolist()
+        except ValueError as error:
+            raise ValueError(f"{path} is of another checkpoint: {error}") from None
         paths = [row.get("path", where) for where, row in batch]
         best += zip(cosine, (ids == own).sum(1).tolist(), paths, ids.tolist())
         best = heapq.nsmallest(count, best, key=lambda found: -round(found[0], 4))
     return own[0].tolist(), best
-
-
-# ---- codes of any system -> figures ----------------------------------------------------------
-
-def read_codes(path, labels_from_path=False):
-    """-> ids (n, T) int64 and n labels, or None where the lines have none. Raises ValueError."""
-    flat, labels = array("q"), []
-    for where, row in rows(path):
-        flat.extend(row["symbols"])
-        label = row.get("label")
-        if labels_from_path:
-            label = Path(row["path"]).parent.name if isinstance(row.get("path"), str) else ""
-            if not label:
-                raise ValueError(f'{where} has no "path" with a folder for --labels-from-path')
-        labels.append(label)
-        if type(label) not in (str, int, type(labels[0])) or (label is None) != (labels[0] is None):
-            raise ValueError(f'{where}: "label" must be a word or a whole number in all lines or none')
-    if not labels:
-        raise ValueError(f"{path} is empty")
-    ids = torch.frombuffer(flat, dtype=torch.int64).view(len(labels), -1)
-    return ids, labels if labels[0] is not None else None
-
-
-def entropy(x):
-    """x (n,) integers -> entropy of their histogram, in bits."""
-    share = x.unique(return_counts=True)[1].double() / len(x)
-    return torch.special.entr(share).sum().item() / math.log(2)
-
-
-def audit(ids, labels=None, vocab=None, seed=0):
-    """ids (n, T), n labels -> figures; knn (top-1 in %) and information (bits) with labels only."""
-    (n, length), largest = ids.shape, int(ids.max())
-    vocab = largest + 1 if vocab is None else vocab
-    if largest >= vocab:
-        raise ValueError(f"symbol {largest} is not in a vocabulary of {vocab}")
-    symbols, ids = ids.unique(return_inverse=True)      # 0..U-1: large ids take no memory
-    codes, copies = evaluate.code_figures(ids, len(symbols)), ids.unique(dim=0, return_counts=True)[1]
-    figures = {"images": n, "length": length, "vocab": vocab, "used": len(symbols),
-               "usage": len(symbols) / vocab, "perplexity": codes["perplexity"],
-               "distinct": codes["distinct"], "duplicates": n - len(copies),
-               "most": int(copies.max()), "bits": length * math.log2(vocab),
-               "entropy": sum(math.log2(p) for p in codes["perplexity"])}
-    if labels is None or n < 2:
-        return figures
-    classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    y = torch.tensor([classes[label] for label in labels])                          # (n,)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-    def information(y):
-        return [entropy(s) + entropy(y) - entropy(s * len(classes) + y) for s in ids.T]
-
-    figures |= {"classes": len(classes), "label_entropy": entropy(y),
-                "information": information(y), "shuffled": information(y[order])}
-    order = order[:max(2, ONE_HOT // (length * len(symbols)))]
-    gallery, queries = order.tensor_split(2)
-    x = evaluate.one_hot(ids[order], len(symbols)).tensor_split(2)
-    knn = evaluate.knn_accuracies(x[0], y[gallery], x[1], y[queries])
-    return figures | {"gallery": len(gallery), "queries": len(queries),
-                      "majority": 100 * y[queries].bincount().max().item() / len(queries),
-                      "knn": {k: top1 for k, (top1, _) in knn.items()}}
-
-
-def print_audit(f):
-    print("{images} images of {length} symbols; vocabulary {vocab}, in use {used} ({usage:.1%})\n"
-          "distinct sequences / images {distinct:.4f}: {duplicates} duplicates, the most frequent "
-          "sequence {most} times\n"
-          "bits an image {bits:.2f} (T log2 K); sum of the positions' entropies {entropy:.2f}"
-          .format_map(f))
-    print("perplexity by position      " + " ".join(f"{p:7.2f}" for p in f["perplexity"]))
-    if "knn" in f:
-        print("bits about the label        " + " ".join(f"{i:7.3f}" for i in f["information"])
-              + f"  of {f['label_entropy']:.3f} ({f['classes']} classes)")
-        print("the same, labels shuffled   " + " ".join(f"{i:7.3f}" for i in f["shuffled"]))
-        print("k-NN on one-hot symbols, top-1 in %: "
-              + ", ".join(f"k = {k}: {top1:.2f}" for k, top1 in f["knn"].items())
-              + " ({gallery} gallery, {queries} queries; largest class {majority:.2f})".format_map(f))
 
 
 def run(args):
@@ -251,9 +148,10 @@ def run(args):
         if args.folder or args.like or args.out:
             raise ValueError("--check takes no FOLDER, --like or -o")
         vocab = hubconf.symbolizer(args.checkpoint).vocab if args.checkpoint else None
-        return print_audit(audit(*read_codes(args.check, args.labels_from_path), args.vocab or vocab))
+        ids, labels = codes.read_codes(args.check, args.labels_from_path)
+        return codes.print_audit(codes.audit(ids, labels, args.vocab or vocab))
     if not args.checkpoint or not args.out or not (args.folder or args.like):
-        raise ValueError("give a checkpoint, a FOLDER or --like IMAGE, and -o FILE; or --check FILE")
+        raise ValueError("give a checkpoint, FOLDER or --like IMAGE, and -o FILE; or --check FILE")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
     symbolizer = hubconf.symbolizer(args.checkpoint, args.device)
