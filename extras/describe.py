@@ -12,7 +12,8 @@ The same command goes on with an unfinished file: its lines are kept, a torn las
 It refuses if the lines are not those of FOLDER's first pictures, or if the first picture, described
 again, does not get its line's symbols and log_prob: then another checkpoint has written them.
 
---like compares cosines of z_s, read from the symbols alone; it cannot see who wrote the file.
+--like compares z_s, read from the symbols alone (student.interpret + student.origin): cosines, all
+near 1 where the origin is far away, so look at their order. It cannot see who wrote the file.
 --check audits a file of any system's codes, see extras/codes.py.
 """
 import argparse
@@ -132,12 +133,13 @@ def like(symbolizer, image, path, count):
     while batch := list(itertools.islice(lines, 1000)):
         ids = torch.tensor([row["symbols"] for _, row in batch])                    # (b, T)
         try:
-            cosine = F.cosine_similarity(symbolizer.read(ids)[:, -1], z).double().tolist()
+            read = symbolizer.read(ids)[:, -1].double()                             # (b, d)
         except ValueError as error:
             raise ValueError(f"{path} is of another checkpoint: {error}") from None
+        cosine = F.cosine_similarity(read, z.double()).tolist()
         paths = [row.get("path", where) for where, row in batch]
         best += zip(cosine, (ids == own).sum(1).tolist(), paths, ids.tolist())
-        best = heapq.nsmallest(count, best, key=lambda found: -round(found[0], 4))
+        best = heapq.nsmallest(count, best, key=lambda found: -round(found[0], 6))
     return own[0].tolist(), best
 
 
@@ -159,9 +161,9 @@ def run(args):
         describe_folder(symbolizer, args.folder, args.out, args.batch_size, args.attention)
     if args.like:
         own, found = like(symbolizer, args.like, args.out, args.count)
-        print("cosine  agree  " + " ".join(f"{i:4d}" for i in own) + f"  {args.like}")
+        print("  cosine  agree  " + " ".join(f"{i:4d}" for i in own) + f"  {args.like}")
         for cosine, agree, path, ids in found:
-            print(f"{cosine:6.3f}  {agree:5d}  " + " ".join(f"{i:4d}" for i in ids) + f"  {path}")
+            print(f"{cosine:8.6f}  {agree:5d}  " + " ".join(f"{i:4d}" for i in ids) + f"  {path}")
 
 
 def main(argv=None):
