@@ -127,7 +127,7 @@ def describe_folder(symbolizer, root, out, batch_size, attention):
 
 def like(symbolizer, image, path, count):
     """The `count` lines of `path` whose z_s, of all T symbols, has the largest cosine with the
-    picture's -> (its symbols, [(cosine, positions that agree, path, symbols)]); ties: file's order."""
+    picture's -> (its symbols, [(cosine, agreeing positions, path, symbols)]), ties in order."""
     own = symbolizer(read_image(image, symbolizer.size)[None]).cpu()                # (1, T)
     z, best, lines = symbolizer.read(own)[:, -1], [], codes.rows(path)                    # (1, d)
     while batch := list(itertools.islice(lines, 1000)):
