@@ -25,6 +25,8 @@ DISCS = ("softmax", "gumbel", "vq")
 
 # Name -> flags of train.py. The ablations change one thing of shapes-softmax-128 each.
 EXPERIMENTS = {f"shapes-{disc}-{vocab}": f"--disc {disc} --vocab {vocab}" for vocab in (128, 256, 512) for disc in DISCS}
+# Photographs: all of CIFAR-10 as a folder cifar10/{train,test}/<class>/, or --data cifar10 with a network
+EXPERIMENTS |= {f"cifar10-{disc}-128": f"--data folder:cifar10 --teacher cifar10 --disc {disc}" for disc in DISCS}
 EXPERIMENTS |= {
     "shapes-softmax-128-no-draft": "--no-draft",
     "shapes-softmax-128-no-regression": "--no-draft --regression 0",
@@ -84,14 +86,14 @@ def tables(every):
         ceiling = {r["method"]: r for r in here if r["symbols"] is None}
         facts = [f"{method} k-NN {row['knn_top1']:.1f}" + (f", linear {row['linear_top1']:.1f}" if "linear_top1" in row else "")
                  for method, row in ceiling.items()]
-        yield f"**{data.split(':')[0]}** ({'; '.join(facts)})\n"
+        yield f"**{data}** ({'; '.join(facts)})\n"
         yield "| experiment | seeds | 1 symbol | 2 | 4 | 8 | linear, 8 | perplexity |\n|---|---|---|---|---|---|---|---|"
         for name in dict.fromkeys(r["experiment"] for r in here):
             mine = [r for r in here if r["experiment"] == name and r["symbols"]]
             cells = [spread([r["retention"] for r in mine if r["symbols"] == n], 3) for n in (1, 2, 4, 8)]
             full = [r for r in mine if r["symbols"] == 8]
             alive = "-" if full[0]["perplexity"] is None else f"{min(r['perplexity'] for r in full):.0f} of {full[0]['vocab']}"
-            yield "| " + " | ".join([name.replace("baselines", "residual k-means"), str(len(full)), *cells,
+            yield "| " + " | ".join([name.replace("baselines-", "residual k-means: "), str(len(full)), *cells,
                                      spread([r["linear_top1"] for r in full], 1), alive]) + " |"
         yield ""
 

@@ -52,6 +52,7 @@ def test_a_row_by_hand():
     assert cells[6].strip() == f"{statistics.mean(kept):.3f}" + (f" ± {statistics.stdev(kept):.3f}" if len(kept) > 1 else "")
 
 
-def test_every_experiment_is_a_command_that_train_accepts():
-    for flags in experiments.EXPERIMENTS.values():
-        train.check(train.parse(flags.split()))
+def test_every_experiment_is_a_command_that_train_accepts_and_no_two_are_the_same():
+    runs = [train.parse(flags.split()) for flags in experiments.EXPERIMENTS.values()]
+    assert all(train.check(args) is None for args in runs)
+    assert len({json.dumps(train.config_of(args)) for args in runs}) == len(runs)
