@@ -95,7 +95,7 @@ def parse(argv=None):
     add("--weight-decay-end", type=float, default=0.04, help="reached by a cosine; DINO: 0.4, for long runs")
     add("--clip", type=float, default=2.0, help="largest norm of the gradient")
     add = p.add_argument_group("run").add_argument
-    add("--out", type=Path, default=None, help="run directory; default runs/DATA-DISC-VOCAB-sSEED")
+    add("--out", type=Path, default=None, help="run directory; default runs/DATA-DISC-VOCAB-sSEED, with -2, -3 … if taken")
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt, to the bit on a CPU")
     add("--overwrite", action="store_true", help="start anew although OUT holds a checkpoint")
     add("--seed", type=int, default=0)
@@ -314,7 +314,11 @@ def write(path, write_to):
 
 def open_run(args):
     """The run directory; the state to resume from, or None. Raises ValueError rather than overwrite."""
-    out = args.out or Path("runs") / f"{args.data.replace(':', '-').replace('/', '-')}-{args.disc}-{args.vocab}-s{args.seed}"
+    name = f"{args.data.replace(':', '-').replace('/', '-')}-{args.disc}-{args.vocab}-s{args.seed}"
+    out, again = args.out or Path("runs", name), 1
+    while not (args.out or args.resume or args.overwrite) and (out / "ckpt.pt").exists():
+        again += 1                                  # nobody chose this name: take the next free one
+        out = Path("runs", f"{name}-{again}")
     args.out = out
     state = None
     if args.resume:

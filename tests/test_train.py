@@ -189,3 +189,14 @@ def test_an_alarm_is_printed_in_the_run(tiny, capsys):
     flags = "--epochs 1 --teacher-temp 1000 --teacher-temp-start 1000"
     train.run(train.parse(tiny(*flags.split())))
     assert "WARNING: collapse? the teacher's entropy is ln P" in capsys.readouterr().out
+
+
+def test_a_name_that_nobody_chose_gives_way_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outs = []
+    for _ in range(3):
+        outs.append(train.open_run(train.parse(["--data", "folder:a/b"]))[0])
+        (outs[-1] / "ckpt.pt").touch()
+    assert [out.as_posix() for out in outs] == [f"runs/folder-a-b-softmax-128-s0{end}" for end in ("", "-2", "-3")]
+    again = train.open_run(train.parse(["--data", "folder:a/b", "--overwrite"]))[0]
+    assert again == outs[0]
