@@ -470,14 +470,15 @@ class Anchors(nn.Module):
 def build_student(config, width):
     """Student and P_T for a teacher of this width; config: the flags of train.py as a dictionary."""
     args = argparse.Namespace(**config)
-    if args.prototype_source == "kmeans":
-        projector = Anchors(width, args.prototypes)
+    if args.prototype_source == "kmeans":           # P_S and P_T are one and the same, and have no parameters
+        projector = head = Anchors(width, args.prototypes)
     else:
         projector = DINOHead(width, args.prototypes, args.hidden, args.bottleneck)
+        head = copy.deepcopy(projector).requires_grad_(False)
     disc = discretize.build(args.disc, width, args.vocab, args)
     student = Student(width, disc, projector, args.length, (args.descriptor_depth, args.descriptor_heads),
                       (args.interpreter_depth, args.interpreter_heads), args.draft)
-    return student, copy.deepcopy(projector).requires_grad_(False)
+    return student, head
 
 
 def load_checkpoint(path, device="cpu"):

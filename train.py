@@ -152,7 +152,6 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
     if isinstance(head, model.Anchors):
         plain = (encode(data.normalize(x, size))[:, :1] for x in batches(20000))
         head.fit(torch.cat([student.space(cls)[:, 0] for cls in plain]))
-        student.projector.load_state_dict(head.state_dict())
 
 
 def forward(teacher, student, head, softmax, images, temperature, args):
