@@ -10,19 +10,19 @@ One step, for B pictures in V augmented views:
     s   = D_S(z_t)        p_s^(n) = P_S(E_S(s[:n]))             n = 1, 2, 4, 8 symbols
     L   = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j)) + exploration terms
 
-Writes OUT/config.json, OUT/metrics.jsonl (a line per epoch), OUT/ckpt.pt, and at the end the
-evaluation (OUT/results.json) and the figures (OUT/figure1.png, OUT/curves.png).
+Writes OUT/config.json, OUT/metrics.jsonl (a line per epoch), OUT/ckpt.pt (see checkpoint.py), and
+at the end the evaluation (OUT/results.json) and the figures (OUT/figure1.png, OUT/curves.png).
 """
 import argparse
 import json
 import math
-import os
 import platform
 import time
 from pathlib import Path
 
 import torch
 
+import checkpoint
 import data
 import discretize
 import evaluate
@@ -97,6 +97,9 @@ def parse(argv=None):
     add = p.add_argument_group("run").add_argument
     add("--out", type=Path, default=None, help="run directory; default runs/DATA-DISC-VOCAB-sSEED, with -2, -3 … if taken")
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt, to the bit on a CPU")
+    add("--save-minutes", type=float, default=10,
+        help="minutes between checkpoints within an epoch: as much is lost in a crash; "
+             "0: after each epoch only")
     add("--overwrite", action="store_true", help="start anew although OUT holds a checkpoint")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -115,6 +118,8 @@ def check(args):
         value = getattr(args, name)
         if value is not None and value <= 0:                                    # None: all images
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.save_minutes < 0:
+        raise ValueError(f"--save-minutes must not be below 0, and is {args.save_minutes}")
     if args.draft and not args.regression:
         raise ValueError("--draft learns to read by --regression; set it above 0, or add --no-draft")
     try:
@@ -181,6 +186,9 @@ def forward(teacher, student, head, softmax, images, temperature, args):
     return total, {name: value.detach().float() for name, value in log.items()}
 
 
+COUNTERS = ("epoch", "seconds", "at", "spent", "sums")
+
+
 class Trainer:
     """Everything that changes during a run; state() and load() are what a checkpoint holds."""
 
@@ -190,7 +198,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(losses.parameter_groups(student), lr=args.lr)
         half = evaluate.autocast(torch.device(args.device)).fast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=half)
-        self.epoch, self.seconds = 0, 0.0
+        self.epoch, self.seconds = 0, 0.0           # that are done
+        self.at, self.spent, self.sums = 0, 0.0, {}     # steps, seconds, figures of the present one
         self.steps_per_epoch = len(images) // args.batch_size
         if not self.steps_per_epoch:
             raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} training pictures")
@@ -202,12 +211,14 @@ class Trainer:
         if self.args.device.startswith("cuda"):
             rng["cuda"] = torch.cuda.get_rng_state(self.args.device)
         return parts | {"config": config_of(self.args), "teacher": self.teacher.vit.state_dict(),
-                        "epoch": self.epoch, "seconds": self.seconds, "rng": rng}
+                        "rng": rng} | {name: getattr(self, name) for name in COUNTERS}
 
     def load(self, state):
         for name in ("student", "head", "softmax", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(state[name])
-        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.sums = {name: value.to(self.args.device) for name, value in self.sums.items()}
         torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.args.device)
@@ -242,36 +253,46 @@ class Trainer:
             losses.ema_update(self.head, self.student.projector, losses.cosine(args.ema, 1.0, step / steps))
         return log
 
-    def train_epoch(self):
-        """One pass over the pictures in an order that depends on seed and epoch alone; mean figures."""
-        args, start, sums = self.args, time.time(), {}
+    def train_epoch(self, keeper=None):
+        """What is left of a pass over the pictures, in an order that depends on seed and epoch
+        alone; mean figures. keeper: saves within the epoch when it is due."""
+        args, steps, start = self.args, self.steps_per_epoch, time.time() - self.spent
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(args.seed + self.epoch))
         self.student.train()
-        for i in range(self.steps_per_epoch):
-            batch = order[i * args.batch_size:(i + 1) * args.batch_size]
-            log = self.step(self.images[batch].to(args.device, non_blocking=True),
-                            self.epoch * self.steps_per_epoch + i)
-            sums = {name: sums.get(name, 0) + value for name, value in log.items()}
-            if (i + 1) % 20 == 0 or i + 1 == self.steps_per_epoch:              # rarely: .item() waits for a GPU
-                self.report(i + 1, sums["loss"].item() / (i + 1), time.time() - start)
-        self.epoch += 1
-        self.seconds += time.time() - start
-        steps = self.steps_per_epoch
-        return {"epoch": self.epoch, "step": self.epoch * steps, "seconds": round(self.seconds, 2),
-                "images_per_s": round(steps * args.batch_size / (time.time() - start), 1),
-                "lr": self.optimizer.param_groups[0]["lr"], "tau": self.student.disc.tau,
-                "teacher_entropy_max": math.log(args.prototypes),
-                **{name: (value / steps).item() for name, value in sums.items()}}
+        while self.at < steps:
+            batch = order[self.at * args.batch_size:(self.at + 1) * args.batch_size]
+            images = self.images[batch].to(args.device, non_blocking=True)
+            log = self.step(images, self.epoch * steps + self.at)
+            self.sums = {name: self.sums.get(name, 0) + value for name, value in log.items()}
+            self.at, self.spent = self.at + 1, time.time() - start
+            save = keeper and self.at < steps and keeper.due()  # the last: with its line of log
+            if save or self.at % 20 == 0 or self.at == steps:   # rarely: .item() waits for a GPU
+                self.report()
+            if save:
+                keeper.save(self.state())
+        record = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * steps,
+                  "seconds": round(self.seconds + self.spent, 2),
+                  "images_per_s": round(steps * args.batch_size / self.spent, 1),
+                  "lr": self.optimizer.param_groups[0]["lr"], "tau": self.student.disc.tau,
+                  "teacher_entropy_max": math.log(args.prototypes),
+                  **{name: (value / steps).item() for name, value in self.sums.items()}}
+        self.epoch, self.seconds = self.epoch + 1, self.seconds + self.spent
+        self.at, self.spent, self.sums = 0, 0.0, {}
+        return record
 
-    def report(self, i, loss, seconds):
-        """The progress line; stops the run when the loss is no number any more."""
-        if not math.isfinite(loss):
-            kept = f"{self.args.out}/ckpt.pt holds epoch {self.epoch}" if self.epoch else "nothing is saved yet"
-            raise FloatingPointError(f"the loss is {loss} in epoch {self.epoch + 1}; {kept}. Try a lower --lr, a higher "
-                                     "--tau or a longer --warmup-epochs")
-        left = (self.args.epochs - self.epoch) * self.steps_per_epoch - i
-        print(f"\repoch {self.epoch + 1}/{self.args.epochs}  step {i}/{self.steps_per_epoch}  loss {loss:.3f}  "
-              f"{i * self.args.batch_size / seconds:.0f} images/s  ETA {left * seconds / i / 60:.1f} min ",
+    def report(self):
+        """The progress line; stops the run when the loss or a weight is no number any more."""
+        args, loss = self.args, self.sums["loss"].item() / self.at
+        finite = all(p.isfinite().all() for p in self.student.parameters())
+        if not (finite and math.isfinite(loss)):
+            saved = checkpoint.exists(args.out / "ckpt.pt")
+            kept = f"{args.out}/ckpt.pt is from before" if saved else "nothing is saved yet"
+            raise FloatingPointError(
+                f"the loss is {loss} in epoch {self.epoch + 1}, or a weight no number; {kept}. Try "
+                "a lower --lr, a higher --tau or a longer --warmup-epochs")
+        left = (args.epochs - self.epoch) * self.steps_per_epoch - self.at
+        print(f"\repoch {self.epoch + 1}/{args.epochs}  step {self.at}/{self.steps_per_epoch}  loss {loss:.3f}  "
+              f"{self.at * args.batch_size / self.spent:.0f} images/s  ETA {left * self.spent / self.at / 60:.1f} min ",
               end="", flush=True)
 
 
@@ -304,86 +325,88 @@ def config_of(args):
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
 
 
-def write(path, write_to):
-    """Atomically: write_to(temporary path), then rename. An interruption leaves the old file whole."""
-    part = Path(f"{path}.tmp")
-    write_to(part)
-    os.replace(part, path)
-
-
 def open_run(args):
     """The run directory; the state to resume from, or None. Raises ValueError rather than overwrite."""
     name = f"{args.data.replace(':', '-').replace('/', '-')}-{args.disc}-{args.vocab}-s{args.seed}"
     out, again = args.out or Path("runs", name), 1
-    while not (args.out or args.resume or args.overwrite) and (out / "ckpt.pt").exists():
+    while not (args.out or args.resume or args.overwrite) and checkpoint.exists(out / "ckpt.pt"):
         again += 1                                  # nobody chose this name: take the next free one
         out = Path("runs", f"{name}-{again}")
     args.out = out
     state = None
     if args.resume:
-        state = model.read_weights(out / "ckpt.pt")
+        state = checkpoint.load(out / "ckpt.pt")
         if "config" not in state or "optimizer" not in state:
             raise ValueError(f"{out}/ckpt.pt is no checkpoint of train.py")
-        now, free = config_of(args), ("out", "device", "evaluate", "knn_every")
+        now, free = config_of(args), ("out", "device", "evaluate", "knn_every", "save_minutes")
         differ = [k for k in now if k not in free and now[k] != state["config"].get(k)]
         if differ:
             raise ValueError("--resume with other flags than the run's: " + ", ".join(
                 f"--{k.replace('_', '-')} was {state['config'].get(k)}, is {now[k]}" for k in differ))
-    elif (out / "ckpt.pt").exists() and not args.overwrite:
+    elif checkpoint.exists(out / "ckpt.pt") and not args.overwrite:
         raise ValueError(f"{out} holds a run already: --resume to continue it, --overwrite to start anew, or another --out")
     out.mkdir(parents=True, exist_ok=True)
     return out, state
 
 
-def run(args):
-    check(args)
-    out, state = open_run(args)
+def start(args, out, state):
+    """What comes before step 1: (Trainer, Keeper, held-out pictures), and the first files in `out`."""
     torch.manual_seed(args.seed)
     teacher = model.build_teacher(args.teacher, args.random_teacher).to(args.device)
     if args.image_size % teacher.patch:
         raise ValueError(f"--image-size {args.image_size} is no multiple of the teacher's patch, {teacher.patch} pixels")
     student, head = (m.to(args.device) for m in model.build_student(vars(args), teacher.width))
-    pictures, held_out = split_held_out(data.load(args.data, "train", args.image_size, args.train_images, args.seed), args.seed)
+    pictures = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
+    keeper = checkpoint.Keeper(out / "ckpt.pt", args.save_minutes, pictures.fingerprint())
+    pictures, held_out = split_held_out(pictures, args.seed)
     trainer = Trainer(args, teacher, student, head, pictures.images)
     if state:
+        keeper.check_data(state)
         trainer.load(state)
     else:
         fit_teacher_statistics(teacher, student, head, pictures, args)
-        for name in ("ckpt.pt", "results.json"):                                # --overwrite: they are another run's
-            (out / name).unlink(missing_ok=True)
-    # A kill can come between an epoch's line in the log and its checkpoint; the epoch is then run again.
-    lines = (out / "metrics.jsonl").read_text().splitlines(True)[:trainer.epoch] if state else []
-    write(out / "metrics.jsonl", lambda part: part.write_text("".join(lines)))
+        for name in ("ckpt.pt", "ckpt.prev.pt", "results.json", "metrics.jsonl"):
+            (out / name).unlink(missing_ok=True)            # --overwrite: they are another run's
+    checkpoint.cut_log(out / "metrics.jsonl", "epoch", trainer.epoch)
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
                "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None}
-    write(out / "config.json",
-          lambda part: part.write_text(json.dumps(config_of(args) | {"machine": machine}, indent=1) + "\n"))
+    checkpoint.write(out / "config.json", lambda part: part.write_text(
+        json.dumps(config_of(args) | {"machine": machine}, indent=1) + "\n"))
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6    # noqa: E731
     print(f"{len(pictures)} pictures, teacher {count(teacher):.1f} M parameters, student {count(student):.1f} M, "
           f"{args.length} symbols of {args.vocab}: {args.length * math.log2(args.vocab):.0f} bits a picture -> {out}")
+    return trainer, keeper, held_out
 
-    while trainer.epoch < args.epochs:
-        record = trainer.train_epoch()
-        last = trainer.epoch == args.epochs
-        record |= monitor(trainer, held_out, args.knn_every and (last or trainer.epoch % args.knn_every == 0))
-        with open(out / "metrics.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
-        write(out / "ckpt.pt", lambda part: torch.save(trainer.state(), part))
-        knn = f"  k-NN {record['knn_top1']:.1f} %" if "knn_top1" in record else ""
-        print(f"  teacher entropy {record['teacher_entropy']:.2f}  KL {record['kl']:.2f}  perplexity "
-              f"{min(record['perplexity']):.0f}-{max(record['perplexity']):.0f}{knn}")
-        for words in alarms(record):
-            print(f"WARNING: collapse? {words}")
+
+def run(args):
+    check(args)
+    out, state = open_run(args)
+    trainer, keeper, held_out = start(args, out, state)
+    with keeper:
+        while trainer.epoch < args.epochs:
+            record = trainer.train_epoch(keeper)
+            last = trainer.epoch == args.epochs
+            record |= monitor(trainer, held_out, args.knn_every and (last or trainer.epoch % args.knn_every == 0))
+            knn = f"  k-NN {record['knn_top1']:.1f} %" if "knn_top1" in record else ""
+            print(f"  teacher entropy {record['teacher_entropy']:.2f}  KL {record['kl']:.2f}  perplexity "
+                  f"{min(record['perplexity']):.0f}-{max(record['perplexity']):.0f}{knn}")
+            for words in alarms(record):
+                print(f"WARNING: collapse? {words}")
+            with open(out / "metrics.jsonl", "a") as log:
+                log.write(json.dumps(record) + "\n")
+            keeper.save(trainer.state())
     finish(out, args, held_out)
 
 
 def finish(out, args, held_out):
     """The evaluation and the figures, from the checkpoint as written."""
     config, teacher, student = model.load_checkpoint(out / "ckpt.pt", args.device)
+    checkpoint.before(out / "ckpt.pt").unlink(missing_ok=True)      # of no use: the last is whole
     if args.evaluate:
         results = evaluate.evaluate(teacher, student, config)
         evaluate.print_table(results)
-        write(out / "results.json", lambda part: part.write_text(json.dumps(evaluate.summary(results), indent=1) + "\n"))
+        text = json.dumps(evaluate.summary(results), indent=1) + "\n"
+        checkpoint.write(out / "results.json", lambda part: part.write_text(text))
     titles = [held_out.classes[y] if y >= 0 else "" for y in held_out.labels[:8]]
     visualize.figure1(teacher, student, held_out.images[:8], titles, out / "figure1.png", args.image_size)
     visualize.curves([out], out / "curves.png")

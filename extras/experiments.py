@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def start(name, seed):
     if (kept / "results.json").exists():
         return print(f"{kept.name}: done before")
     flags = [*EXPERIMENTS[name].split(), "--seed", str(seed), "--out", str(out.relative_to(ROOT))]
-    args = train.parse(flags + (["--resume"] if (out / "ckpt.pt").exists() else []))
+    args = train.parse(flags + (["--resume"] if checkpoint.exists(out / "ckpt.pt") else []))
     train.run(args)
     kept.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "metrics.jsonl", "results.json"):
@@ -125,7 +126,8 @@ def main():
             text = "\n".join(tables(every))
             if args.readme:
                 before, rest = README.read_text().split(START)
-                train.write(README, lambda part: part.write_text(f"{before}{START}\n\n{text}\n{END}{rest.split(END)[1]}"))
+                page = f"{before}{START}\n\n{text}\n{END}{rest.split(END)[1]}"
+                checkpoint.write(README, lambda part: part.write_text(page))
             else:
                 print(text)
             if args.json:

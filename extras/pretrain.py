@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import data
 import evaluate
 import losses
-from model import DINOHead, read_weights, small_vit
-from train import config_of, write
+from model import DINOHead, small_vit
+from train import config_of
 
 
 def parse(argv=None):
@@ -72,6 +73,9 @@ def parse(argv=None):
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt, to the bit on a CPU")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--every", type=int, default=50, help="steps between lines of the log, with k-NN, and checkpoints")
+    add("--save-minutes", type=float, default=10,
+        help="minutes between checkpoints where --every takes longer: as much is lost in a crash; "
+             "0: none in between")
     return p.parse_args(argv)
 
 
@@ -143,14 +147,15 @@ class Pretrainer:
 
     def state(self):
         parts = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "softmax", "optimizer")}
-        return parts | {"step": self.step, "seconds": self.seconds, "rng": torch.get_rng_state(),
-                        "config": config_of(self.args)}
+        return parts | {"step": self.step, "seconds": self.seconds, "config": config_of(self.args),
+                        "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
 
     def load(self, state):
         for name in ("student", "teacher", "softmax", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state.get("cuda_rng", []))
 
     def weights(self):
         """The teacher's ViT in half precision."""
@@ -159,24 +164,40 @@ class Pretrainer:
 
 
 def run(args):
+    file = args.out / "ckpt.pt"
+    if checkpoint.exists(file) and not args.resume:
+        raise ValueError(f"{args.out} holds a run already: --resume continues it; or another --out")
     torch.manual_seed(args.seed)
     pictures = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
+    keeper = checkpoint.Keeper(file, args.save_minutes, pictures.fingerprint())
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed))
     held, rest = order[:6000], order[6000:]                                     # k-NN is on pictures never trained on
     held_out = data.ImageSet(pictures.images[held], pictures.labels[held], pictures.classes)
     pictures = data.ImageSet(pictures.images[rest], pictures.labels[rest], pictures.classes)
     trainer = Pretrainer(args, pictures)
     if args.resume:
-        trainer.load(read_weights(args.out / "ckpt.pt"))
+        state = checkpoint.load(file)
+        keeper.check_data(state)
+        trainer.load(state)
+        checkpoint.cut_log(args.out / "metrics.jsonl", "step", trainer.step)
     args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "config.json", lambda part: part.write_text(json.dumps(config_of(args), indent=1) + "\n"))
-    start, log = time.time(), open(args.out / "metrics.jsonl", "a" if args.resume else "w")
+    text = json.dumps(config_of(args), indent=1) + "\n"
+    checkpoint.write(args.out / "config.json", lambda part: part.write_text(text))
+    with keeper, open(args.out / "metrics.jsonl", "a" if args.resume else "w") as log:
+        train(trainer, held_out, keeper, log)
+
+
+def train(trainer, held_out, keeper, log):
+    args, start = trainer.args, time.time()
     while trainer.step < trainer.steps:
         loss, p_t = trainer.train_step()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {trainer.step}; lower --lr, then --resume")
-        if trainer.step % args.every == 0 or trainer.step == trainer.steps:
-            trainer.seconds, start = trainer.seconds + time.time() - start, time.time()
+        report = trainer.step % args.every == 0 or trainer.step == trainer.steps
+        if not (report or keeper.due()):
+            continue
+        trainer.seconds, start = trainer.seconds + time.time() - start, time.time()
+        if report:
             record = {"step": trainer.step, "epoch": round(trainer.step / trainer.steps_per_epoch, 3), "loss": loss,
                       "teacher_entropy": losses.entropy(p_t).mean().item(),
                       "teacher_entropy_max": math.log(args.prototypes),
@@ -186,8 +207,8 @@ def run(args):
             record["seconds"] = round(trainer.seconds, 1)
             print(json.dumps(record), flush=True)
             print(json.dumps(record), file=log, flush=True)
-            write(args.out / "ckpt.pt", lambda part: torch.save(trainer.state(), part))
-            write(args.out / "teacher.pt", lambda part: torch.save(trainer.weights(), part))
+        checkpoint.write(args.out / "teacher.pt", lambda part: torch.save(trainer.weights(), part))
+        keeper.save(trainer.state())
 
 
 def main():

@@ -15,6 +15,11 @@ TINY = """--train-images 80 --test-images 40 --batch-size 16 --views 2 --image-s
     --epochs 2 --knn-every 0 --device cpu --no-evaluate""".split()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--crashes", type=int, default=3,
+                     help="how often test_crash.py kills a run; 20: its long form")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

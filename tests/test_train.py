@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import checkpoint
 import data
 import evaluate
 import train
@@ -74,15 +75,15 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, mo
 
 
 def test_a_kill_between_log_and_checkpoint_leaves_one_line_per_epoch(tiny, tmp_path, monkeypatch):
-    original, written = train.write, []
+    original, saved = checkpoint.save, []
 
-    def writing(path, write_to):
-        written.append(path.name)
-        if written.count("ckpt.pt") == 2:
+    def saving(path, state):
+        saved.append(path.name)
+        if len(saved) == 2:
             raise KeyboardInterrupt
-        original(path, write_to)
+        original(path, state)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "write", writing)
+        patch.setattr(checkpoint, "save", saving)
         train.run(train.parse(tiny()))
     train.run(train.parse(tiny("--resume")))
     assert [r["epoch"] for r in records(tmp_path / "run")] == [1, 2]
@@ -141,7 +142,8 @@ def test_the_test_part_plays_no_part_in_training(tiny, monkeypatch):
     ("--descriptor-heads 5", "--descriptor-heads"), ("--descriptor-heads 0", "--descriptor-heads"),
     ("--interpreter-heads 0", "--interpreter-heads"),
     ("--descriptor-depth 0", "--descriptor-depth"), ("--hidden 0", "--hidden"),
-    ("--bottleneck 0", "--bottleneck"), ("--device tpu9", "--device"), ("--resume", "no file")])
+    ("--bottleneck 0", "--bottleneck"), ("--device tpu9", "--device"),
+    ("--save-minutes -1", "--save-minutes"), ("--resume", "no file")])
 def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, flags, words):
     assert words in refusal(monkeypatch, tiny(*flags.split()))
     assert not (tmp_path / "run" / "ckpt.pt").exists()
@@ -162,7 +164,7 @@ def test_a_run_is_not_overwritten_by_accident(tiny, tmp_path, monkeypatch):
 def test_a_new_run_does_not_inherit_the_old_checkpoint(tiny, tmp_path, monkeypatch):
     train.run(train.parse(tiny("--epochs", "1")))
 
-    def killed(self):                               # before its first checkpoint
+    def killed(self, keeper):                               # before its first checkpoint
         raise KeyboardInterrupt
     monkeypatch.setattr(train.Trainer, "train_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -183,6 +185,22 @@ def test_nan_stops_the_run_and_keeps_the_last_good_epoch(tiny, tmp_path, monkeyp
     assert len(good) == 2 * STEPS and [r["epoch"] for r in records(tmp_path / "run")] == [1]
     state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["student"].values())
+
+
+def test_nan_is_never_saved(tiny, tmp_path, monkeypatch):
+    """Saved after every step, the third of which has a finite loss and takes a weight away."""
+    original, out = train.Trainer.step, tmp_path / "run"
+
+    def step(self, images, at):
+        log = original(self, images, at)
+        if at == 2:
+            self.student.descriptor.start.data.fill_(math.nan)
+        return log
+    monkeypatch.setattr(train.Trainer, "step", step)
+    assert "or a weight no number; " in refusal(monkeypatch, tiny("--save-minutes", "1e-9"))
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    assert (state["epoch"], state["at"]) == (0, 2)
+    assert all(v.isfinite().all() for v in state["student"].values())
 
 
 def test_an_alarm_is_printed_in_the_run(tiny, capsys):
