@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import distributed
 import model
 
 
@@ -119,16 +120,19 @@ class Keeper:
         self.__exit__()
 
     def due(self):
-        return self.signal > 0 or 0 < self.minutes * 60 <= time.monotonic() - self.last
+        late = 0 < self.minutes * 60 <= time.monotonic() - self.last
+        return any(distributed.agree(self.signal, late))            # all save after the same step
 
     def save(self, state):
-        save(self.path, state | {"data": self.data})
+        if not distributed.rank():
+            save(self.path, state | {"data": self.data})
+        came, = distributed.agree(self.signal, group=distributed.patient)   # and wait for the disk
         self.last = time.monotonic()
-        if self.signal:
-            name = signal.Signals(self.signal).name
+        if came:
+            name = signal.Signals(came).name
             print(f"\nstopped by {name}; {self.path} holds all of it. To go on: the same command "
                   f"with --resume --out {self.path.parent}")
-            raise SystemExit(128 + self.signal)
+            raise SystemExit(128 + came)
 
     def check_data(self, state):
         """Raises ValueError when the pictures are no longer those that the run was started on."""

@@ -19,6 +19,8 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+import distributed
+
 # ImageNet statistics, because the official DINO weights expect them; our own teachers use the same.
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -286,9 +288,12 @@ class Augment:
     grey: float = 0.2
     blur: float = 0.5
     solarise: float = 0.1
+    part = 0            # views, where the images at hand are one process's part of a batch
 
-    def __call__(self, images, views, size):
-        """(B, 3, H, W) uint8 -> (views, B, 3, size, size) float, normalised."""
+    def __call__(self, images, views, size, part=False):
+        """(B, 3, H, W) uint8 -> (views, B, 3, size, size) float, normalised. part: each process has
+        other images, and together they draw the random numbers that one with all of them would."""
+        self.part = views if part else 0
         x = images.float().div(255).repeat(views, 1, 1, 1)                      # (V*B, 3, H, W)
         x = self.random_crop(x, size)
         x = self.random_colour(x)
@@ -296,12 +301,16 @@ class Augment:
         x = torch.where(self.coin(x, self.solarise) & (x >= 0.5), 1 - x, x)
         return normalize(x).view(views, len(images), 3, size, size)
 
-    @staticmethod
-    def uniform(x, low, high):
-        return low + (high - low) * torch.rand(len(x), device=x.device)
+    def rand(self, x):
+        if not self.part:
+            return torch.rand(len(x), device=x.device)
+        return distributed.mine(torch.rand(distributed.world() * len(x), device=x.device), self.part)
+
+    def uniform(self, x, low, high):
+        return low + (high - low) * self.rand(x)
 
     def coin(self, x, probability):
-        return (torch.rand(len(x), device=x.device) < probability).view(-1, 1, 1, 1)
+        return (self.rand(x) < probability).view(-1, 1, 1, 1)
 
     def random_crop(self, x, size):
         """RandomResizedCrop, aspect 3/4 … 4/3, and horizontal flip as one affine map per view."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import distributed
+
 # Deviation of the logits before training, for a perplexity of about K exp(-SPREAD^2 / 2) = K / 3:
 # not uniform (all images embed to one mean vector), not one-hot (no other symbol gets a gradient).
 SPREAD = 1.5
@@ -107,7 +109,8 @@ class Gumbel(Softmax):
 
     def weigh(self, logits):
         if self.training:
-            return F.gumbel_softmax(logits, self.tau)
+            everyones = logits.new_empty(distributed.world() * len(logits), self.vocab).exponential_()
+            return ((logits - distributed.mine(everyones).log()) / self.tau).softmax(-1)
         return (logits / self.tau).softmax(-1)
 
 
@@ -168,7 +171,8 @@ class VQ(Discretizer):
         """k-means after the first step; from then on usage, the EMA update and restarts."""
         if not self.seen:
             return
-        z, ids = (torch.cat(parts) for parts in zip(*self.seen))         # (T B, c), (T B,)
+        z, ids = (torch.cat([distributed.gather(part) for part in parts])
+                  for parts in zip(*self.seen))                          # (T B, c), (T B,)
         self.seen = []
         if not self.ready:
             self.codebook.copy_(kmeans(z, self.vocab))

@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+import distributed
+
 
 # ------------------------------------------------------------------------------------- the teacher
 
@@ -45,10 +47,11 @@ class TeacherSoftmax(torch.nn.Module):
     def forward(self, logits, temperature):
         """logits (V, B, P) -> p_t (V, B, P); moves the centre after using it, as DINO does."""
         if self.centering == "sinkhorn":
-            return sinkhorn(logits.flatten(0, 1), temperature).view_as(logits)
+            everyones = distributed.gather(logits.flatten(0, 1))
+            return distributed.mine(sinkhorn(everyones, temperature)).view_as(logits)
         p = F.softmax((logits.float() - self.centre) / temperature, dim=-1)
         if self.centering == "centre":
-            self.centre.lerp_(logits.float().mean((0, 1)), 1 - self.momentum)
+            self.centre.lerp_(distributed.mean(logits.float().mean((0, 1))), 1 - self.momentum)
         return p
 
 
@@ -132,7 +135,7 @@ def usage_entropy(logits):
 
     Our addition. With the entropy of each prediction subtracted (mutual information, IMSAT, Hu et al. 2017)
     all positions come to say the same: each is then best off repeating the easiest distinction."""
-    return entropy(F.softmax(logits.float(), dim=-1).mean(0)).mean()
+    return entropy(distributed.mean(F.softmax(logits.float(), dim=-1).mean(0))).mean()
 
 
 def exploration_loss(weights, logits, explore, alpha, beta, balance):

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
 import discretize
+import distributed
 
 WEIGHTS = Path(__file__).parent / "weights"
 torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # bf16 attention stays bf16, on CPUs too
@@ -72,7 +73,8 @@ def small_vit(image_size, patch, width, depth, heads, stem=()):
     strides = [1 + (channels != before) for before, channels in zip([3, *stem], stem)]
     if stem and math.prod(strides) != patch:
         raise ValueError(f"a stem of {list(stem)} channels makes patches of {math.prod(strides)} pixels, not {patch}")
-    convolutions = [ConvStemConfig(channels, 3, stride) for channels, stride in zip(stem, strides)] or None
+    convolutions = [ConvStemConfig(channels, 3, stride, distributed.BatchNorm)
+                    for channels, stride in zip(stem, strides)] or None
     vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width, conv_stem_configs=convolutions)
     vit.heads = nn.Identity()
     for module in vit.modules():
@@ -91,7 +93,7 @@ class DINOHead(nn.Module):
 
     def __init__(self, width, prototypes, hidden=2048, bottleneck=256, batch_norm=False):
         super().__init__()
-        norm = nn.BatchNorm1d if batch_norm else (lambda width: nn.Identity())
+        norm = distributed.BatchNorm if batch_norm else (lambda width: nn.Identity())
         self.mlp = nn.Sequential(nn.Linear(width, hidden), norm(hidden), nn.GELU(),
                                  nn.Linear(hidden, hidden), norm(hidden), nn.GELU(),
                                  nn.Linear(hidden, bottleneck))
@@ -291,7 +293,7 @@ class Draft(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(length, width, width) * 0.1 / width**0.5)    # W_i, transposed
         # what is left shrinks from symbol to symbol; BatchNorm brings it back to size
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False) for _ in range(length))
+        self.norms = nn.ModuleList(distributed.BatchNorm(width, affine=False) for _ in range(length))
         self.show = nn.Linear(width, width)
         nn.init.eye_(self.show.weight)
 
@@ -321,7 +323,7 @@ class Descriptor(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
         # BatchNorm, one per position, and not LayerNorm (our choice): it takes away what all pictures have
         # in common, which otherwise decides the symbol, the same for every picture and every position.
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False) for _ in range(length))
+        self.norms = nn.ModuleList(distributed.BatchNorm(width, affine=False) for _ in range(length))
 
     def forward(self, tokens, disc, draft=None, hard=False, attention=False):
         """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the

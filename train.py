@@ -25,6 +25,7 @@ import torch
 import checkpoint
 import data
 import discretize
+import distributed
 import evaluate
 import losses
 import model
@@ -51,7 +52,8 @@ def parse(argv=None):
     add("--test-images", type=int, default=5000, help="for the evaluation at the end only")
     add("--image-size", type=int, default=32, help="pixels; what the teacher was trained on, or a multiple of its patch")
     add("--views", type=int, default=4, help="V, augmented views per picture; 1 trains on same-view pairs only")
-    add("--batch-size", type=int, default=64, help="B, pictures per step; the teacher sees B * V views")
+    add("--batch-size", type=int, default=64,
+        help="B, pictures per step, of all processes together; the teacher sees B * V views")
     add = p.add_argument_group("networks").add_argument
     add("--teacher", default="shapes", help=f"{', '.join(model.HUB)}, a name in weights/, or a file")
     add("--random-teacher", action="store_true", help="an untrained dino_* teacher, to try sizes without a network")
@@ -122,6 +124,7 @@ def check(args):
         raise ValueError(f"--save-minutes must not be below 0, and is {args.save_minutes}")
     if args.draft and not args.regression:
         raise ValueError("--draft learns to read by --regression; set it above 0, or add --no-draft")
+    distributed.check_batch(args.batch_size)
     try:
         torch.empty(0, device=args.device)
     except Exception as error:                      # no driver, no such GPU, no such word: each another kind
@@ -162,7 +165,7 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
 def forward(teacher, student, head, softmax, images, temperature, args):
     """The step at the top of this file: uint8 pictures (B, 3, H, W) -> loss and what the log wants."""
     v, b = args.views, len(images)
-    views = data.augmentation(args.data, args.image_size)(images, v, args.image_size)       # (V, B, 3, S, S)
+    views = data.augmentation(args.data, args.image_size)(images, v, args.image_size, True) # (V, B, 3, S, S)
     with torch.no_grad():
         tokens = teacher(views.flatten(0, 1))                                   # z_t (V*B, N+1, d)
         y = student.space(tokens[:, :1])[:, 0]                                  # its CLS, in the student's space
@@ -241,6 +244,7 @@ class Trainer:
             loss, log = forward(self.teacher, self.student, self.head, self.softmax, images, temperature, args)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        distributed.average_gradients(self.student)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), args.clip)
         if args.prototype_source == "ema" and self.epoch == 0 and args.epochs > 1:
@@ -251,7 +255,7 @@ class Trainer:
         if args.prototype_source == "ema":
             steps = args.epochs * self.steps_per_epoch
             losses.ema_update(self.head, self.student.projector, losses.cosine(args.ema, 1.0, step / steps))
-        return log
+        return dict(zip(log, distributed.mean(torch.stack(list(log.values())))))
 
     def train_epoch(self, keeper=None):
         """What is left of a pass over the pictures, in an order that depends on seed and epoch
@@ -261,7 +265,7 @@ class Trainer:
         self.student.train()
         while self.at < steps:
             batch = order[self.at * args.batch_size:(self.at + 1) * args.batch_size]
-            images = self.images[batch].to(args.device, non_blocking=True)
+            images = self.images[distributed.mine(batch)].to(args.device, non_blocking=True)
             log = self.step(images, self.epoch * steps + self.at)
             self.sums = {name: self.sums.get(name, 0) + value for name, value in log.items()}
             self.at, self.spent = self.at + 1, time.time() - start
@@ -349,14 +353,26 @@ def open_run(args):
     return out, state
 
 
+def first_files(args, out, trainer, fresh):
+    """config.json, and a log without lines that are not of this run or come again."""
+    for name in ("ckpt.pt", "ckpt.prev.pt", "results.json") if fresh else ():
+        (out / name).unlink(missing_ok=True)                # --overwrite: they are another run's
+    checkpoint.cut_log(out / "metrics.jsonl", "epoch", trainer.epoch)
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
+               "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None}
+    checkpoint.write(out / "config.json", lambda part: part.write_text(
+        json.dumps(config_of(args) | {"machine": machine}, indent=1) + "\n"))
+
+
 def start(args, out, state):
     """What comes before step 1: (Trainer, Keeper, held-out pictures), and the first files in `out`."""
     torch.manual_seed(args.seed)
-    teacher = model.build_teacher(args.teacher, args.random_teacher).to(args.device)
+    with distributed.one_first():                           # it may download
+        teacher = model.build_teacher(args.teacher, args.random_teacher).to(args.device)
+        pictures = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
     if args.image_size % teacher.patch:
         raise ValueError(f"--image-size {args.image_size} is no multiple of the teacher's patch, {teacher.patch} pixels")
     student, head = (m.to(args.device) for m in model.build_student(vars(args), teacher.width))
-    pictures = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
     keeper = checkpoint.Keeper(out / "ckpt.pt", args.save_minutes, pictures.fingerprint())
     pictures, held_out = split_held_out(pictures, args.seed)
     trainer = Trainer(args, teacher, student, head, pictures.images)
@@ -365,37 +381,41 @@ def start(args, out, state):
         trainer.load(state)
     else:
         fit_teacher_statistics(teacher, student, head, pictures, args)
-        for name in ("ckpt.pt", "ckpt.prev.pt", "results.json", "metrics.jsonl"):
-            (out / name).unlink(missing_ok=True)            # --overwrite: they are another run's
-    checkpoint.cut_log(out / "metrics.jsonl", "epoch", trainer.epoch)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
-               "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None}
-    checkpoint.write(out / "config.json", lambda part: part.write_text(
-        json.dumps(config_of(args) | {"machine": machine}, indent=1) + "\n"))
+        distributed.start_alike(student, head)
+    if not distributed.rank():
+        first_files(args, out, trainer, fresh=not state)
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6    # noqa: E731
     print(f"{len(pictures)} pictures, teacher {count(teacher):.1f} M parameters, student {count(student):.1f} M, "
           f"{args.length} symbols of {args.vocab}: {args.length * math.log2(args.vocab):.0f} bits a picture -> {out}")
     return trainer, keeper, held_out
 
 
+def log_epoch(trainer, record, held_out):
+    """Monitors, prints and writes an epoch's line of the log."""
+    args, last = trainer.args, trainer.epoch == trainer.args.epochs
+    record |= monitor(trainer, held_out, args.knn_every and (last or trainer.epoch % args.knn_every == 0))
+    knn = f"  k-NN {record['knn_top1']:.1f} %" if "knn_top1" in record else ""
+    print(f"  teacher entropy {record['teacher_entropy']:.2f}  KL {record['kl']:.2f}  perplexity "
+          f"{min(record['perplexity']):.0f}-{max(record['perplexity']):.0f}{knn}")
+    for words in alarms(record):
+        print(f"WARNING: collapse? {words}")
+    with open(args.out / "metrics.jsonl", "a") as log:
+        log.write(json.dumps(record) + "\n")
+
+
 def run(args):
     check(args)
-    out, state = open_run(args)
+    with distributed.one_first():                           # it may put a checkpoint in its place
+        out, state = open_run(args)
     trainer, keeper, held_out = start(args, out, state)
     with keeper:
         while trainer.epoch < args.epochs:
             record = trainer.train_epoch(keeper)
-            last = trainer.epoch == args.epochs
-            record |= monitor(trainer, held_out, args.knn_every and (last or trainer.epoch % args.knn_every == 0))
-            knn = f"  k-NN {record['knn_top1']:.1f} %" if "knn_top1" in record else ""
-            print(f"  teacher entropy {record['teacher_entropy']:.2f}  KL {record['kl']:.2f}  perplexity "
-                  f"{min(record['perplexity']):.0f}-{max(record['perplexity']):.0f}{knn}")
-            for words in alarms(record):
-                print(f"WARNING: collapse? {words}")
-            with open(out / "metrics.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
+            if not distributed.rank():
+                log_epoch(trainer, record, held_out)
             keeper.save(trainer.state())
-    finish(out, args, held_out)
+    if not distributed.rank():
+        finish(out, args, held_out)
 
 
 def finish(out, args, held_out):
@@ -416,9 +436,11 @@ def finish(out, args, held_out):
 def main():
     args = parse()
     try:
+        args.device = distributed.join(args.device)
         run(args)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"train.py: {error}") from None
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 
 import checkpoint
 import data
+import distributed
 import evaluate
 import losses
 from model import DINOHead, small_vit
@@ -42,7 +43,7 @@ def parse(argv=None):
              "shapes, where a part of the picture may not show the object")
     add("--local-size", type=int, default=16, help="pixels of a local crop")
     add("--local-crop", type=float, nargs=2, default=(0.15, 0.4), help="share of the picture's area, from and to")
-    add("--batch-size", type=int, default=128, help="pictures per step")
+    add("--batch-size", type=int, default=128, help="pictures per step, of all processes together")
     add = p.add_argument_group("network").add_argument
     add("--stem", type=int, nargs="*", default=(32, 64),
         help="channels of 3x3 convolutions in front (Xiao et al. 2021), stride 2 where their number changes: learns "
@@ -122,14 +123,15 @@ class Pretrainer:
         epoch, at = divmod(self.step, self.steps_per_epoch)
         order = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(self.args.seed + 1 + epoch))
         size = self.args.batch_size
-        return self.pictures.images[order[at * size:(at + 1) * size]].to(self.args.device)
+        batch = distributed.mine(order[at * size:(at + 1) * size])
+        return self.pictures.images[batch].to(self.args.device)
 
     def train_step(self):
         """One optimiser step; returns the loss and the teacher's probabilities (2, B, P)."""
         args, images = self.args, self.batch()
-        crops = [self.augment(images, 2, args.image_size)]
+        crops = [self.augment(images, 2, args.image_size, True)]
         if args.locals:
-            crops.append(self.augment_local(images, args.locals, args.local_size))
+            crops.append(self.augment_local(images, args.locals, args.local_size, True))
         lr = losses.warmup_cosine(args.lr, args.lr_end, self.step, self.steps, args.warmup)
         losses.set_schedule(self.optimizer, lr, args.weight_decay)
         with evaluate.autocast(torch.device(args.device)):
@@ -139,23 +141,27 @@ class Pretrainer:
         loss, _ = losses.granular_dino_loss(p_t, logits[None], 1.0, args.student_temp, "cross")
         self.optimizer.zero_grad()
         loss.backward()
+        distributed.average_gradients(self.student)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), args.clip)
         self.optimizer.step()
         losses.ema_update(self.teacher, self.student, losses.cosine(args.momentum, 1.0, self.step / self.steps))
         self.step += 1
-        return loss.item(), p_t
+        return distributed.mean(loss.detach()).item(), p_t
 
     def state(self):
         parts = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "softmax", "optimizer")}
-        return parts | {"step": self.step, "seconds": self.seconds, "config": config_of(self.args),
-                        "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        if self.args.device.startswith("cuda"):
+            parts["cuda_rng"] = torch.cuda.get_rng_state(self.args.device)
+        return parts | {"step": self.step, "seconds": self.seconds, "rng": torch.get_rng_state(),
+                        "config": config_of(self.args)}
 
     def load(self, state):
         for name in ("student", "teacher", "softmax", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state.get("cuda_rng", []))
+        if "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)
 
     def weights(self):
         """The teacher's ViT in half precision."""
@@ -165,29 +171,35 @@ class Pretrainer:
 
 def run(args):
     file = args.out / "ckpt.pt"
+    distributed.check_batch(args.batch_size)
     if checkpoint.exists(file) and not args.resume:
         raise ValueError(f"{args.out} holds a run already: --resume continues it; or another --out")
     torch.manual_seed(args.seed)
-    pictures = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
+    with distributed.one_first():                           # it may download
+        pictures = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
     keeper = checkpoint.Keeper(file, args.save_minutes, pictures.fingerprint())
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed))
     held, rest = order[:6000], order[6000:]                                     # k-NN is on pictures never trained on
     held_out = data.ImageSet(pictures.images[held], pictures.labels[held], pictures.classes)
     pictures = data.ImageSet(pictures.images[rest], pictures.labels[rest], pictures.classes)
     trainer = Pretrainer(args, pictures)
+    distributed.start_alike(trainer.student, trainer.teacher)
     if args.resume:
-        state = checkpoint.load(file)
+        with distributed.one_first():                       # it may put a checkpoint in its place
+            state = checkpoint.load(file)
         keeper.check_data(state)
         trainer.load(state)
+    if not distributed.rank():
+        args.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config_of(args), indent=1) + "\n"
+        checkpoint.write(args.out / "config.json", lambda part: part.write_text(text))
         checkpoint.cut_log(args.out / "metrics.jsonl", "step", trainer.step)
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config_of(args), indent=1) + "\n"
-    checkpoint.write(args.out / "config.json", lambda part: part.write_text(text))
-    with keeper, open(args.out / "metrics.jsonl", "a" if args.resume else "w") as log:
-        train(trainer, held_out, keeper, log)
+    with keeper:
+        train(trainer, held_out, keeper)
 
 
-def train(trainer, held_out, keeper, log):
+def train(trainer, held_out, keeper):
+    """The steps that are left, with a line of the log and a checkpoint every --every."""
     args, start = trainer.args, time.time()
     while trainer.step < trainer.steps:
         loss, p_t = trainer.train_step()
@@ -197,25 +209,36 @@ def train(trainer, held_out, keeper, log):
         if not (report or keeper.due()):
             continue
         trainer.seconds, start = trainer.seconds + time.time() - start, time.time()
-        if report:
-            record = {"step": trainer.step, "epoch": round(trainer.step / trainer.steps_per_epoch, 3), "loss": loss,
-                      "teacher_entropy": losses.entropy(p_t).mean().item(),
-                      "teacher_entropy_max": math.log(args.prototypes),
-                      "images_per_s": round(trainer.step * args.batch_size / trainer.seconds, 1)}
-            if held_out.labelled:
-                record["knn_top1"] = knn(trainer.teacher["backbone"], held_out, args)
-            record["seconds"] = round(trainer.seconds, 1)
-            print(json.dumps(record), flush=True)
-            print(json.dumps(record), file=log, flush=True)
-        checkpoint.write(args.out / "teacher.pt", lambda part: torch.save(trainer.weights(), part))
+        entropy = distributed.mean(losses.entropy(p_t).mean()).item()
+        if not distributed.rank():
+            if report:
+                log_step(trainer, loss, entropy, held_out)
+            checkpoint.write(args.out / "teacher.pt", lambda part: torch.save(trainer.weights(), part))
         keeper.save(trainer.state())
 
 
+def log_step(trainer, loss, entropy, held_out):
+    """Prints and writes a line of the log, with k-NN where the pictures have labels."""
+    args = trainer.args
+    record = {"step": trainer.step, "epoch": round(trainer.step / trainer.steps_per_epoch, 3), "loss": loss,
+              "teacher_entropy": entropy, "teacher_entropy_max": math.log(args.prototypes),
+              "images_per_s": round(trainer.step * args.batch_size / trainer.seconds, 1)}
+    if held_out.labelled:
+        record["knn_top1"] = knn(trainer.teacher["backbone"], held_out, args)
+    record["seconds"] = round(trainer.seconds, 1)
+    print(json.dumps(record), flush=True)
+    with open(args.out / "metrics.jsonl", "a") as log:
+        log.write(json.dumps(record) + "\n")
+
+
 def main():
+    args = parse()
     try:
-        run(parse())
+        args.device = distributed.join(args.device)
+        run(args)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"extras.pretrain: {error}") from None
+    distributed.leave()
 
 
 if __name__ == "__main__":

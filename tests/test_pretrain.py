@@ -51,7 +51,7 @@ def test_one_step_by_hand(tmp_path, pictures, monkeypatch):
     """Both views through both networks one by one; without BatchNorm, which would couple them."""
     args = parse(tmp_path, "--stem", "--no-batch-norm", "--centering", "centre", "--momentum", "0.9")
     trainer, views = pretrain.Pretrainer(args, pictures), torch.randn(2, 20, 3, 8, 8)
-    monkeypatch.setattr(trainer, "augment", lambda images, count, size: views)
+    monkeypatch.setattr(trainer, "augment", lambda *_: views)
     for p in trainer.teacher.parameters():              # else it would still be its student
         p.add_(0.05 * torch.randn_like(p))
     see = lambda net, x: net["head"](net["backbone"](x)[:, 0])                  # noqa: E731
