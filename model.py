@@ -24,9 +24,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(c)) v, (..., L, c), (..., S, c), (..., S, c) -> (..., L, c); mask (L, S),
-    True where asking is allowed. On a CPU in plain products: for our lengths (197 tokens and fewer)
-    faster than any of PyTorch's kernels there, in bf16, forward and backward."""
+    """softmax(q k^T / sqrt(c)) v: (..., L, c), (..., S, c) twice -> (..., L, c); mask (L, S),
+    True where asking is allowed. On a CPU in plain products: at our lengths (197 tokens and fewer)
+    faster than all of PyTorch's kernels there (measured in bf16)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask)
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
@@ -70,7 +70,7 @@ class Teacher(nn.Module):
         positions = self.positions(*x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)                                        # (B, N, d)
         x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], 1) + positions
-        for block in self.vit.encoder.layers:       # its own forward takes attention by slower kernels
+        for block in self.vit.encoder.layers:       # its own forward takes slower attention
             x = x + self.attention(block.self_attention, block.ln_1(x))
             x = x + block.mlp(block.ln_2(x))
         return self.vit.encoder.ln(x)                                           # (B, N+1, d)
@@ -79,7 +79,8 @@ class Teacher(nn.Module):
     def attention(layer, x):
         """layer, a torch.nn.MultiheadAttention, on x (B, L, d), which asks itself."""
         qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, c)
+        # (B, L, 3d) -> three of (B, heads, L, c)
+        q, k, v = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return layer.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -254,20 +255,20 @@ class Attention(nn.Module):
 
 
 class Look(Attention):
-    """Attention of one query per picture to tokens that need no gradient; keys and values are never made.
+    """Attention of one query per picture to tokens without gradient; no keys or values are made.
 
-    <q, W_k x> = <W_k^T q, x>, and the mean of W_v x is W_v times the mean of x: the question goes to the
-    tokens instead of N+1 tokens to keys and values. The same numbers; less work while T questions cost
-    less than N+1 keys, and backward makes nothing of the tokens' size. b_k adds one number to all
-    scores of a query, which softmax takes away again."""
+    <q, W_k x> = <W_k^T q, x>, and the mean of W_v x is W_v times the mean of x: the question goes
+    to the tokens, instead of N+1 tokens to keys and values. The same numbers; less work as long as
+    T questions cost less than N+1 keys, and backward makes nothing of the tokens' size. The keys'
+    bias adds the same to all scores of a question, which softmax takes away again."""
 
     def forward(self, x, tokens, mark):
-        """x (B, 1, d) asks tokens (B, N+1, d); the first is seen as tokens[:, 0] + mark. Returns what is
-        seen (B, 1, d) and the weights (B, heads, N+1), whose rows sum to 1."""
+        """x (B, 1, d) asks tokens (B, N+1, d), the first of them seen as tokens[:, 0] + mark (d,).
+        Returns what is seen, (B, 1, d), and the weights (B, heads, N+1), whose rows sum to 1."""
         to_k, to_v = self.to_kv.weight.unflatten(0, (2, self.heads, -1))        # (heads, c, d) each
         q = self.split(self.to_q(x))[:, :, 0] * to_k.shape[1] ** -0.5           # (B, heads, c)
         asked = torch.einsum("bhc,hcd->bhd", q, to_k)
-        of_mark = torch.einsum("bhd,d->bh", asked, mark)[..., None]             # to the first score only
+        of_mark = torch.einsum("bhd,d->bh", asked, mark)[..., None]     # for the first score
         scores = asked @ tokens.transpose(1, 2) + F.pad(of_mark, (0, tokens.shape[1] - 1))
         weights = scores.softmax(-1)                                            # (B, heads, N+1)
         seen = weights @ tokens + weights[..., :1] * mark                       # (B, heads, d)
@@ -288,7 +289,7 @@ class Block(nn.Module):
 
     def forward(self, x, context=None, past=None, mask=None):
         """x (B, L, d); context: what `Look` is given, L is 1 then; past: keys and values of earlier
-        positions. Returns x, the keys and values of all positions so far, and the look's weights."""
+        positions. Returns x, keys and values of all positions so far, and the look's weights."""
         h, weights = self.norm1(x), None
         kept = self.attention.keys_values(h)
         if past is not None:
@@ -367,7 +368,7 @@ class Descriptor(nn.Module):
                 x = x + draft.left(cls, read, t)[:, None]
             for i, block in enumerate(self.blocks):
                 x, pasts[i], weights = block(x, context, pasts[i])
-            looked.append(weights.float().mean(1) if attention else None)       # the deepest layer's (Figure 1)
+            looked.append(weights.float().mean(1) if attention else None)   # of the deepest layer
             said.append(disc(self.norms[t](x[:, 0].float()), hard))
             embedding = said[-1].embedding[:, None]
             if draft is not None:

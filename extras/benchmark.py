@@ -1,15 +1,16 @@
 """How fast a training step is, where its time goes, and what the code gains over the plain way.
 
-    python -m extras.benchmark --size small --json small.json       # train.py's defaults
-    python -m extras.benchmark --size paper --steps 2               # ViT-B/16 at 224 px; 4 pictures on a CPU
-    python -m extras.benchmark --size small --growth                # against batch, length, vocabulary, views
+    python -m extras.benchmark --size small --json small.json  # train.py's defaults
+    python -m extras.benchmark --size paper --steps 2        # ViT-B/16, 224 px; on a CPU 4 pictures
+    python -m extras.benchmark --size small --growth           # by batch, length, vocabulary, views
 
-Weights and pictures are random where the size has none at hand: they do not change the time. The plain
-version, further down, is the same step as one would first write it: every prefix through the descriptor
-again and keys of the tokens made again for it, the interpreter prefix by prefix, pictures augmented one
-by one by PIL, the teacher view by view, PyTorch's own choice of attention and AdamW. Both compute in
-autocast's bf16 and take turns in the same run, so that the speedup is about code and not about precision
-or the hour. gemm_fraction is the step's FLOP/s by the rate of a large bf16 product, taken in between.
+Pictures are random, and weights where the size has none at hand: that does not change the time. The
+plain version is the same step as one would first write it: every prefix goes through the descriptor
+again, with the keys of the tokens made again; the interpreter reads prefix by prefix; PIL augments
+picture by picture; the teacher sees view by view; attention and AdamW are PyTorch's as they come.
+Both compute in autocast's bf16 and take turns in one run, so that the speedup is about code and not
+about precision or the hour. gemm_fraction is the step's FLOP/s over those of a large bf16 product,
+taken in between.
 """
 import argparse
 import contextlib
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from PIL import ImageFilter
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import InterpolationMode, to_pil_image
 
 import data
 import losses
@@ -41,8 +42,8 @@ import train
 # Flags of train.py; a preset of the same name is that size.
 SIZES = {
     "small": "--preset small",
-    "cifar10": "--data cifar10 --teacher cifar10 --descriptor-depth 4 --interpreter-depth 4 --vocab 256 "
-               "--batch-size 256 --views 4",
+    "cifar10": "--data cifar10 --teacher cifar10 --descriptor-depth 4 --interpreter-depth 4 "
+               "--vocab 256 --batch-size 256 --views 4",
     "paper": "--preset paper --random-teacher",
 }
 SIZES |= {name: f"--preset {name}" for name in SIZES if name in train.PRESETS and name != "paper"}
@@ -56,7 +57,8 @@ def plain_teacher(teacher, views, x):
     vit, tokens = teacher.vit, []
     for view in x.chunk(views):
         patches = vit.conv_proj(view).flatten(2).transpose(1, 2)                # (B, N, d)
-        tokens.append(vit.encoder(torch.cat([vit.class_token.expand(len(view), -1, -1), patches], 1)))
+        cls = vit.class_token.expand(len(view), -1, -1)
+        tokens.append(vit.encoder(torch.cat([cls, patches], 1)))
     return torch.cat(tokens)
 
 
@@ -68,7 +70,7 @@ def plain_attention(layer, x, source, causal=False):
 
 
 def plain_block(block, x, tokens=None):
-    """All positions x (B, L, d) through a block of the descriptor (with tokens) or of the interpreter."""
+    """All positions x (B, L, d) through a block: of the descriptor (with tokens) or interpreter."""
     h = block.norm1(x)
     x = x + plain_attention(block.attention, h, h, causal=tokens is not None)
     if tokens is not None:
@@ -77,8 +79,8 @@ def plain_block(block, x, tokens=None):
 
 
 def plain_describe(student, tokens):
-    """model.Student.describe with nothing kept: the whole prefix goes in again for each symbol. BatchNorm
-    sees the newest position only, once, so its statistics are those of the fast version."""
+    """model.Student.describe with nothing kept: the whole prefix goes in again for each symbol.
+    BatchNorm sees the newest position only, once, so its statistics are the fast version's."""
     descriptor, draft, tokens = student.descriptor, student.draft, student.space(tokens)
     cls, read = tokens[:, 0], torch.zeros_like(tokens[:, 0])
     tokens = torch.cat([tokens[:, :1] + descriptor.cls_mark, tokens[:, 1:]], 1)
@@ -104,18 +106,22 @@ def plain_interpret(student, embeddings, drafts):
     """model.Student.interpret, a pass for each prefix: (B, T, d) -> (B, D, d)."""
     reader, z_s = student.interpreter, []
     for n in student.lengths:
-        x = torch.cat([reader.cls.expand(len(embeddings), -1, -1), embeddings[:, :n] + reader.position[:n]], 1)
+        cls = reader.cls.expand(len(embeddings), -1, -1)
+        x = torch.cat([cls, embeddings[:, :n] + reader.position[:n]], 1)
         for block in reader.blocks:
             x = plain_block(block, x)
-        z_s.append(reader.out(reader.norm(x[:, 0])) + (0 if student.draft is None else drafts[:, n - 1]))
+        draft = 0 if student.draft is None else drafts[:, n - 1]
+        z_s.append(reader.out(reader.norm(x[:, 0])) + draft)
     return torch.stack(z_s, 1)
 
 
 def plain_augment(augment, images, views, size):
-    """data.Augment by PIL, a picture at a time, as DINO's own code: (B, 3, H, W) uint8 -> (V, B, 3, S, S)."""
-    blur = transforms.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))
+    """data.Augment by PIL, a picture at a time, as DINO's own code does it:
+    (B, 3, H, W) uint8 -> (V, B, 3, size, size), normalised."""
+    sigma = functools.partial(random.uniform, 0.1, 2)
+    blur = transforms.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(sigma())))
     one = transforms.Compose([
-        transforms.RandomResizedCrop(size, augment.crop, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomResizedCrop(size, augment.crop, interpolation=InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(augment.flip),
         transforms.RandomApply([transforms.ColorJitter(*augment.strength)], augment.jitter),
         transforms.RandomGrayscale(augment.grey),
@@ -129,14 +135,15 @@ def plain_augment(augment, images, views, size):
 
 
 def plain_parts(trainer):
-    """What replaces what, for trainer.step to be the plain version: a list of patches (see `under`)."""
+    """The patches `under` which trainer.step is the plain version."""
     args, student, swap = trainer.args, trainer.student, mock.patch.object
-    augment = functools.partial(plain_augment, data.augmentation(args.data, args.image_size))
+    given = functools.partial
+    augment = given(plain_augment, data.augmentation(args.data, args.image_size))
     optimizer = torch.optim.AdamW(losses.parameter_groups(student), lr=args.lr)
     return [swap(data, "augmentation", lambda name, size: augment),
-            swap(trainer.teacher, "forward", functools.partial(plain_teacher, trainer.teacher, args.views)),
-            swap(student, "describe", functools.partial(plain_describe, student)),
-            swap(student, "interpret", functools.partial(plain_interpret, student)),
+            swap(trainer.teacher, "forward", given(plain_teacher, trainer.teacher, args.views)),
+            swap(student, "describe", given(plain_describe, student)),
+            swap(student, "interpret", given(plain_interpret, student)),
             swap(trainer, "optimizer", optimizer)]
 
 
@@ -156,7 +163,7 @@ class Clock:
     def __init__(self, device, cpu=False):
         self.cuda = torch.device(device).type == "cuda"
         self.read = time.process_time if cpu else time.perf_counter
-        self.seconds, self.inside = Counter(), [0.0]                            # inside: a stack, of the callers
+        self.seconds, self.inside = Counter(), [0.0]               # inside: a stack, of the callers
 
     def now(self):
         if self.cuda:
@@ -187,16 +194,17 @@ def time_parts(trainer, images, steps, clock):
     """Where the time of a step goes: {part: {"seconds", "share"}}, mean over steps. Loss is what
     train.forward does itself, optimiser what Trainer.step does itself: clipping, AdamW, EMA."""
     student = trainer.student
-    patches = [clock.wrap(data.Augment, "__call__", "augmentation"), clock.wrap(trainer.teacher, "forward", "teacher"),
-               clock.wrap(student, "describe", "descriptor"), clock.wrap(student, "interpret", "interpreter + projector"),
-               clock.wrap(student.projector, "forward", "interpreter + projector"),
-               clock.wrap(train, "forward", "loss"), clock.wrap(torch.Tensor, "backward", "backward"),
-               clock.wrap(trainer, "step", "optimiser")]
+    parts = [(data.Augment, "__call__", "augmentation"), (trainer.teacher, "forward", "teacher"),
+             (student, "describe", "descriptor"), (student, "interpret", "interpreter + projector"),
+             (student.projector, "forward", "interpreter + projector"), (train, "forward", "loss"),
+             (torch.Tensor, "backward", "backward"), (trainer, "step", "optimiser")]
+    patches = [clock.wrap(*part) for part in parts]
     with under(patches):
         for _ in range(steps):
             trainer.step(images, 0)
     total = sum(clock.seconds.values())
-    return {part: {"seconds": seconds / steps, "share": seconds / total} for part, seconds in clock.seconds.items()}
+    return {name: {"seconds": clock.seconds[name] / steps, "share": clock.seconds[name] / total}
+            for name in dict.fromkeys(part for *_, part in parts)}
 
 
 def product_seconds(device, clock):
@@ -218,7 +226,8 @@ def peak_memory_mb(device):
     """Highest so far: of the GPU's memory, or of the process's resident memory."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss              # bytes on macOS, else kB
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def build(args):
@@ -229,29 +238,31 @@ def build(args):
     student, head = (m.to(args.device) for m in model.build_student(vars(args), teacher.width))
     if isinstance(head, model.Anchors):
         head.centres.normal_()
-    images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    shape = args.batch_size, 3, args.image_size, args.image_size
+    images = torch.randint(256, shape, dtype=torch.uint8)
     student.train()
     return train.Trainer(args, teacher, student, head, images), images.to(args.device)
 
 
 def compare(trainer, images, steps, clock):
-    """A step, a plain step, a large product, in turns: medians, FLOPs and memory as in the JSON file."""
-    trainer.step(images, 0)                                                     # memory and kernels are found
-    times = [clock.time(trainer.step, images, 0)]
-    memory, plain = peak_memory_mb(trainer.args.device), plain_parts(trainer)
-    flops, rates, plain_times = count_flops(trainer.step, images, 0), [], []
+    """A step, a plain step, a large product, in turns: medians, FLOPs, memory, as in the JSON."""
+    flops, times, plain_times, rates = count_flops(trainer.step, images, 0), [], [], []
+    trainer.step(images, 0)
+    memory = peak_memory_mb(trainer.args.device)                        # before the plain version's
+    plain = plain_parts(trainer)
     with under(plain):
-        trainer.step(images, 0)
+        trainer.step(images, 0)                                              # the first one is slow
     for _ in range(steps):
         times.append(clock.time(trainer.step, images, 0))
         with under(plain):
             plain_times.append(clock.time(trainer.step, images, 0))
         seconds, product = product_seconds(trainer.args.device, clock)
         rates.append(product / seconds)
-    step, plain_step, rate = (statistics.median(x) for x in (times[1:], plain_times, rates))
+    step, plain_step, rate = (statistics.median(x) for x in (times, plain_times, rates))
     return {"images_per_s": len(images) / step, "plain_images_per_s": len(images) / plain_step,
             "speedup": plain_step / step, "gemm_fraction": flops / step / rate,
-            "gflop_per_image": flops / len(images) / 1e9, "gemm_tflops": rate / 1e12, "peak_memory_mb": memory}
+            "gflop_per_image": flops / len(images) / 1e9, "gemm_tflops": rate / 1e12,
+            "peak_memory_mb": memory}
 
 
 def exponent(values, seconds):
@@ -260,7 +271,8 @@ def exponent(values, seconds):
 
 
 def growth(args, steps, clock):
-    """{flag: {"values", "seconds", "exponent"}}: median step time at half, once and twice each of GROWTH."""
+    """Median step time at half, once and twice each of GROWTH: {flag: {"values", "seconds",
+    "exponent"}}, the exponent of `exponent`."""
     def seconds(**changed):
         trainer, images = build(argparse.Namespace(**vars(args) | changed))
         trainer.step(images, 0)
@@ -284,25 +296,30 @@ def print_table(result):
         print(f"  {name:24} {1e3 * row['seconds']:9.1f} ms {100 * row['share']:5.1f} %")
     print(f"  {result['images_per_s']:.2f} images/s; plain {result['plain_images_per_s']:.2f}: "
           f"{result['speedup']:.2f} times as fast")
-    print(f"  {result['gflop_per_image']:.2f} GFLOP an image, {result['gemm_fraction']:.3f} of a large product's "
-          f"{result['gemm_tflops']:.3f} TFLOP/s; {result['peak_memory_mb']:.0f} MB at most")
+    print(f"  {result['gflop_per_image']:.2f} GFLOP an image at {result['gemm_fraction']:.3f} of a "
+          f"large product's {result['gemm_tflops']:.3f} TFLOP/s; {result['peak_memory_mb']:.0f} MB")
     for name, row in result.get("growth", {}).items():
-        times = ", ".join(f"{value}: {1e3 * s:.0f} ms" for value, s in zip(row["values"], row["seconds"]))
+        pairs = zip(row["values"], row["seconds"])
+        times = ", ".join(f"{value}: {1e3 * seconds:.0f} ms" for value, seconds in pairs)
         print(f"  time ~ {name}^{row['exponent']:.2f}  ({times})")
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--size", choices=SIZES, default="small",
-                   help="small: train.py's defaults; cifar10: its small teacher, 32 px; paper: the paper's networks")
-    p.add_argument("--batch-size", type=int, help="pictures a step; not given: the size's own (paper on a CPU: 4)")
-    p.add_argument("--views", type=int, help="per picture; not given: the size's own")
-    p.add_argument("--steps", type=int, default=5, help="of each kind; raise when medians differ between runs")
-    p.add_argument("--growth", action="store_true", help="also time half and twice the batch, length, vocabulary, views")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--clock", choices=["wall", "cpu"], default="wall",
-                   help="cpu: seconds of this process alone, for a machine that others use; wants OMP_NUM_THREADS=1")
-    p.add_argument("--json", type=Path, help="also write the figures there")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--size", choices=SIZES, default="small",
+        help="small: train.py's defaults; cifar10: its teacher, 32 px; paper: the paper's networks")
+    add("--batch-size", type=int,
+        help="pictures a step; not given: the size's own, and 4 for paper on a CPU")
+    add("--views", type=int, help="per picture; not given: the size's own")
+    add("--steps", type=int, default=5, help="of each kind; raise when medians differ between runs")
+    add("--growth", action="store_true",
+        help="also time half and twice the batch, the length, the vocabulary and the views")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--clock", choices=["wall", "cpu"], default="wall",
+        help="cpu: seconds of this process alone, where others use the machine; OMP_NUM_THREADS=1")
+    add("--json", type=Path, help="also write the figures there")
     return p.parse_args(argv)
 
 
@@ -316,19 +333,22 @@ def run(flags):
     args.views = args.views if flags.views is None else flags.views
     if flags.batch_size is not None or (flags.size, flags.device) == ("paper", "cpu"):
         args.batch_size = 4 if flags.batch_size is None else flags.batch_size
-    clock = Clock(flags.device, flags.clock == "cpu")
     trainer, images = build(args)
-    name = torch.cuda.get_device_name() if clock.cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    result = {"size": flags.size, "device": name, **compare(trainer, images, flags.steps, clock),
+    clock = Clock(flags.device, flags.clock == "cpu")
+    processor = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    device = torch.cuda.get_device_name() if clock.cuda else processor
+    result = {"size": flags.size, "device": device,
+              **compare(trainer, images, flags.steps, clock),
               "parts": time_parts(trainer, images, flags.steps, clock),
-              "config": train.config_of(args) | {"clock": flags.clock, "steps": flags.steps, "torch": torch.__version__}}
+              "config": train.config_of(args) | {"clock": flags.clock, "steps": flags.steps,
+                                                 "torch": torch.__version__}}
     return result | ({"growth": growth(args, flags.steps, clock)} if flags.growth else {})
 
 
 def main():
     flags = parse()
     try:
-        if flags.json:                                                          # before the minutes, not after them
+        if flags.json:                                                      # now, not after minutes
             flags.json.parent.mkdir(parents=True, exist_ok=True)
         result = run(flags)
         print_table(result)
