@@ -7,7 +7,6 @@ Teacher (E_T): a frozen torchvision ViT with DINO weights. Student: descriptor (
 interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA of P_S.
 """
 import argparse
-import contextlib
 import copy
 import math
 import re
@@ -17,20 +16,30 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
 import discretize
 import distributed
 
 WEIGHTS = Path(__file__).parent / "weights"
-torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # bf16 attention stays bf16, on CPUs too
 
 
-def attention_kernel(x):
-    """On a CPU, PyTorch's plain attention is 2 to 5 times faster than its flash attention at our lengths
-    (65 tokens and fewer; measured in bf16, forward and backward). On a GPU: PyTorch's own choice."""
-    return sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else contextlib.nullcontext()
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(c)) v: (..., L, c), (..., S, c) twice -> (..., L, c); mask (L, S),
+    True where asking is allowed. On a CPU in plain products: at our lengths (197 tokens and fewer)
+    faster than all of PyTorch's kernels there (measured in bf16)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def lowered(x):
+    """x in autocast's precision, for what is used many times and would be cast at each."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 # --------------------------------------------------------------------------------- teacher E_T, P_T
@@ -62,8 +71,18 @@ class Teacher(nn.Module):
         positions = self.positions(*x.shape[-2:])
         x = x.flatten(2).transpose(1, 2)                                        # (B, N, d)
         x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], 1) + positions
-        with attention_kernel(x):
-            return self.vit.encoder.ln(self.vit.encoder.layers(x))              # (B, N+1, d)
+        for block in self.vit.encoder.layers:       # its own forward takes slower attention
+            x = x + self.attention(block.self_attention, block.ln_1(x))
+            x = x + block.mlp(block.ln_2(x))
+        return self.vit.encoder.ln(x)                                           # (B, N+1, d)
+
+    @staticmethod
+    def attention(layer, x):
+        """layer, a torch.nn.MultiheadAttention, on x (B, L, d), which asks itself."""
+        qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias)
+        # (B, L, 3d) -> three of (B, heads, L, c)
+        q, k, v = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return layer.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 def small_vit(image_size, patch, width, depth, heads, stem=()):
@@ -233,42 +252,55 @@ class Attention(nn.Module):
 
     def forward(self, x, keys, values, mask=None):
         """x (B, L, d) asks; mask (L, S), True where asking is allowed."""
-        with attention_kernel(x):
-            y = F.scaled_dot_product_attention(self.split(self.to_q(x)), keys, values, attn_mask=mask)
+        y = attend(self.split(self.to_q(x)), keys, values, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def weights(self, x, keys):
-        """What x looks at: (B, L, S), mean over heads, rows sum to 1."""
-        q = self.split(self.to_q(x)).float()
-        return (q @ keys.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+
+class Look(Attention):
+    """Attention of one query per picture to tokens without gradient; no keys or values are made.
+
+    <q, W_k x> = <W_k^T q, x>, and the mean of W_v x is W_v times the mean of x: the question goes
+    to the tokens, instead of N+1 tokens to keys and values. The same numbers; less work as long as
+    T questions cost less than N+1 keys, and backward makes nothing of the tokens' size. The keys'
+    bias adds the same to all scores of a question, which softmax takes away again."""
+
+    def forward(self, x, tokens, mark):
+        """x (B, 1, d) asks tokens (B, N+1, d), the first of them seen as tokens[:, 0] + mark (d,).
+        Returns what is seen, (B, 1, d), and the weights (B, heads, N+1), whose rows sum to 1."""
+        to_k, to_v = self.to_kv.weight.unflatten(0, (2, self.heads, -1))        # (heads, c, d) each
+        q = self.split(self.to_q(x))[:, :, 0] * to_k.shape[1] ** -0.5           # (B, heads, c)
+        asked = torch.einsum("bhc,hcd->bhd", q, to_k)
+        of_mark = torch.einsum("bhd,d->bh", asked, mark)[..., None]     # for the first score
+        scores = asked @ tokens.transpose(1, 2) + F.pad(of_mark, (0, tokens.shape[1] - 1))
+        weights = scores.softmax(-1)                                            # (B, heads, N+1)
+        seen = weights @ tokens + weights[..., :1] * mark                       # (B, heads, d)
+        y = torch.einsum("bhd,hcd->bhc", seen, to_v).flatten(1) + self.to_kv.bias.chunk(2)[1]
+        return self.out(y)[:, None], weights
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with cross=True also attention to the teacher's tokens."""
+    """Pre-norm transformer block; with cross=True it also looks at the teacher's tokens."""
 
     def __init__(self, width, heads, cross=False):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         if cross:
-            self.norm_cross, self.cross = nn.LayerNorm(width), Attention(width, heads)
+            self.norm_cross, self.cross = nn.LayerNorm(width), Look(width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, context=None, past=None, mask=None, looked=None):
-        """x (B, L, d); context: kept keys and values of the tokens; past: those of earlier positions;
-        looked: a list that is given the cross-attention's weights, (B, L, N+1).
-        Returns x and the keys and values of all positions so far."""
-        h = self.norm1(x)
+    def forward(self, x, context=None, past=None, mask=None):
+        """x (B, L, d); context: what `Look` is given, L is 1 then; past: keys and values of earlier
+        positions. Returns x, keys and values of all positions so far, and the look's weights."""
+        h, weights = self.norm1(x), None
         kept = self.attention.keys_values(h)
         if past is not None:
             kept = [torch.cat(pair, 2) for pair in zip(past, kept)]
         x = x + self.attention(h, *kept, mask)
         if context is not None:
-            h = self.norm_cross(x)
-            if looked is not None:
-                looked.append(self.cross.weights(h, context[0]))
-            x = x + self.cross(h, *context)
-        return x + self.mlp(self.norm2(x)), kept
+            seen, weights = self.cross(self.norm_cross(x), *context)
+            x = x + seen
+        return x + self.mlp(self.norm2(x)), kept, weights
 
 
 class Description(NamedTuple):
@@ -329,17 +361,16 @@ class Descriptor(nn.Module):
         """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the
         next input, in training and in evaluation alike (our choice: no teacher forcing exists here)."""
         cls, read, drafts = tokens[:, 0], torch.zeros_like(tokens[:, 0]), []
-        tokens = torch.cat([tokens[:, :1] + self.cls_mark, tokens[:, 1:]], 1)
-        contexts = [block.cross.keys_values(tokens) for block in self.blocks]   # once per picture
+        context = lowered(tokens), lowered(self.cls_mark)
         pasts, said, looked = [None] * len(self.blocks), [], []
-        watched = len(self.blocks) - 1 if attention else None                   # the deepest layer (Figure 1)
         embedding = self.start.expand(len(tokens), -1, -1)                      # (B, 1, d)
         for t in range(self.length):
             x = embedding + self.position[t]
             if draft is not None:
                 x = x + draft.left(cls, read, t)[:, None]
             for i, block in enumerate(self.blocks):
-                x, pasts[i] = block(x, contexts[i], pasts[i], looked=looked if i == watched else None)
+                x, pasts[i], weights = block(x, context, pasts[i])
+            looked.append(weights.float().mean(1) if attention else None)   # of the deepest layer
             said.append(disc(self.norms[t](x[:, 0].float()), hard))
             embedding = said[-1].embedding[:, None]
             if draft is not None:
@@ -347,7 +378,7 @@ class Descriptor(nn.Module):
             drafts.append(read)
         if attention:
             # CLS stands for no place in the picture: leave it out, bring the rest back to a sum of 1.
-            looked = torch.cat(looked, 1)[..., 1:]                              # (B, T, N)
+            looked = torch.stack(looked, 1)[..., 1:]                              # (B, T, N)
             looked = looked / looked.sum(-1, keepdim=True)
         stack = lambda name: torch.stack([getattr(s, name) for s in said], 1)   # noqa: E731
         return Description(stack("ids"), stack("weights"), stack("embedding"), stack("logits"),
@@ -378,7 +409,7 @@ class Interpreter(nn.Module):
         x = torch.cat([self.cls.expand(len(embeddings), -1, -1), embeddings + self.position], 1)
         x = x[:, self.gather]                                                   # (B, 2T - 1 + D, d)
         for block in self.blocks:
-            x, _ = block(x, mask=self.mask)
+            x, *_ = block(x, mask=self.mask)
         return self.out(self.norm(x[:, self.first]))
 
 

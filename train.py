@@ -198,7 +198,7 @@ class Trainer:
     def __init__(self, args, teacher, student, head, images):
         self.args, self.teacher, self.student, self.head, self.images = args, teacher, student, head, images
         self.softmax = losses.TeacherSoftmax(args.prototypes, args.centering).to(args.device)
-        self.optimizer = torch.optim.AdamW(losses.parameter_groups(student), lr=args.lr)
+        self.optimizer = torch.optim.AdamW(losses.parameter_groups(student), lr=args.lr, fused=True)
         half = evaluate.autocast(torch.device(args.device)).fast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=half)
         self.epoch, self.seconds = 0, 0.0           # that are done
