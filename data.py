@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -161,6 +161,8 @@ def load_shapes(split, size, limit, seed):
 # ------------------------------------------------------------------------------- real photographs
 
 DATA_DIR = Path("data")                             # where torchvision downloads to
+# What IMG_EXTENSIONS stand for, whatever the file's name is: Pillow knows more, and for EPS it runs ghostscript
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PUBLIC = {
     "cifar10": lambda split: datasets.CIFAR10(DATA_DIR, split == "train", download=True),
     "cifar100": lambda split: datasets.CIFAR100(DATA_DIR, split == "train", download=True),
@@ -190,44 +192,62 @@ def subset(n, limit, seed):
 
 
 def read_image(path, side):
-    """A file as an RGB square of `side` pixels: shorter edge resized, centre cropped. (3, side, side) uint8.
-    Raises OSError naming the file when it is missing, truncated or no image."""
+    """A file as an RGB square of `side` pixels: turned upright as its EXIF says, the central square, resized.
+    (3, side, side) uint8. Raises OSError naming the file when it is missing, damaged or no image."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
+        with Image.open(path, formats=FORMATS) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            # The crop comes before the resizing: a picture of 1 x 60000 pixels must not become gigabytes
+            square = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     except Exception as error:                      # Pillow raises many kinds on damaged files
         raise OSError(f"cannot read image {path}: {error}") from None
-    scale = side / min(image.size)
-    if scale != 1:
-        image = image.resize([max(side, round(s * scale)) for s in image.size], Image.Resampling.BICUBIC)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return torch.from_numpy(np.array(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
-def load_folder(path, split, size, limit, seed):
-    """PATH/train/<class>/… and PATH/test/<class>/…; a folder of images without classes gives labels -1.
-
-    The pictures are kept as squares of size * 8/7 pixels (256 for 224, DINO's own ratio), or smaller
-    if the first one is smaller. Unreadable files are named, skipped and counted.
-    """
+def list_folder(path, split):
+    """Names and classes, without opening a picture: PATH/train/<class>/… and PATH/test/<class>/…, or, for
+    train, a flat PATH -> (files, n labels, -1 without a class, classes). Raises FileNotFoundError."""
     root = Path(path) / split if (Path(path) / split).is_dir() else Path(path)
     if not root.is_dir() or (root == Path(path) and split == "test"):
         raise FileNotFoundError(f"no folder {Path(path) / split}; expected PATH/train/<class>/… and "
-                                f"PATH/test/<class>/… (for training a flat folder of images will do)")
+                                "PATH/test/<class>/… (train.py --no-evaluate does with a flat folder)")
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
     if not files:
         raise FileNotFoundError(f"no images in {root} (looked for {' '.join(IMG_EXTENSIONS)})")
     classes = sorted({f.relative_to(root).parts[0] for f in files if f.parent != root})
-    files = [files[i] for i in subset(len(files), limit, seed)]
-    side = size * 8 // 7
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number[f.relative_to(root).parts[0]] if f.parent != root else -1 for f in files]
+    return files, labels, classes
+
+
+def check_labels(name):
+    """Whether pictures of the data set `name` can be scored, before hours go into it. Raises ValueError
+    for a folder without classes, or with others in test than in train, OSError for one without test."""
+    if not name.startswith("folder:"):
+        return
+    (_, labels, classes), (_, test_labels, test_classes) = (
+        list_folder(name[len("folder:"):], split) for split in ("train", "test"))
+    if -1 in labels + test_labels:
+        raise ValueError(f"{name} has images without a class: put them into PATH/train/<class>/… and "
+                         "PATH/test/<class>/…, or train with --no-evaluate")
+    if classes != test_classes:
+        odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        raise ValueError(f"{name}: train and test must have the same class folders, not {odd} in one only")
+
+
+def load_folder(path, split, size, limit, seed):
+    """The pictures of `list_folder`, kept as squares of size * 8/7 pixels (256 for 224, DINO's own ratio), or
+    smaller if the first one is smaller. Unreadable files are named, skipped and counted."""
+    files, labels, classes = list_folder(path, split)
+    chosen = subset(len(files), limit, seed).tolist()
+    files, labels, side = [files[i] for i in chosen], [labels[i] for i in chosen], size * 8 // 7
     with ThreadPoolExecutor() as pool:
         sizes = next((s for s in pool.map(image_size, files) if s), (side,))
         side = min(side, *sizes)
         tensors = list(pool.map(lambda f: try_read(f, side), files))
     kept = [i for i, t in enumerate(tensors) if t is not None]
     if not kept:
-        raise OSError(f"none of the {len(files)} images in {root} can be read")
-    labels = [classes.index(f.relative_to(root).parts[0]) if f.parent != root else -1 for f in files]
+        raise OSError(f"none of the {len(files)} images chosen in {path} can be read")
     return ImageSet(torch.stack([tensors[i] for i in kept]), torch.tensor([labels[i] for i in kept]),
                     classes, skipped=len(files) - len(kept))
 
@@ -235,7 +255,7 @@ def load_folder(path, split, size, limit, seed):
 def image_size(path):
     """(width, height) without decoding the pixels; None when the file is no image."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
     except Exception:
         return None
@@ -247,6 +267,11 @@ def try_read(path, side):
     except OSError as error:
         print(f"skipped: {error}", file=sys.stderr)
         return None
+
+
+def image_count(text):
+    """The type of --train-images and --test-images: `all` is None, as in `load`, else a whole number."""
+    return None if text == "all" else int(text)
 
 
 def load(name, split, size, limit=None, seed=0):

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import load, normalize
+from data import check_labels, image_count, load, normalize
 from model import load_checkpoint
 
 KS = (10, 20, 100, 200)  # DINO's four neighbourhood sizes
@@ -212,12 +212,8 @@ def one_hot(ids, vocab):
 def load_splits(config):
     """The ImageSets [train, test] that config names. Raises ValueError where labels are missing."""
     name, size, seed = config["data"], config["image_size"], config["seed"]
-    sets = [load(name, s, size, config[f"{s}_images"], seed) for s in ("train", "test")]
-    if not all(image_set.labelled for image_set in sets):
-        raise ValueError(f"{name} has images without a class; name a labelled set with --data")
-    if sets[0].classes != sets[1].classes:
-        raise ValueError(f"{name}: train and test must have the same class folders")
-    return sets
+    check_labels(name)
+    return [load(name, s, size, config[f"{s}_images"], seed) for s in ("train", "test")]
 
 
 def score(train_x, train_y, test_x, test_y):
@@ -296,9 +292,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("checkpoint", help="RUN/ckpt.pt, written by train.py")
-    add("--data", help="another data set than the run's, to see if its language carries over")
-    add("--train-images", type=int, help="gallery size; fewer is faster and scores lower")
-    add("--test-images", type=int, help="test images; the standard error is under 50 / sqrt(n) %%")
+    add("--data", default=argparse.SUPPRESS, help="another data set than the run's, to see if its language carries over")
+    own = {"type": image_count, "default": argparse.SUPPRESS}  # not given: as the run; all: None
+    add("--train-images", **own, help="gallery size, or all; fewer is faster and scores lower")
+    add("--test-images", **own, help="or all; the standard error is under 50 / sqrt(n) %%")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("--soft", action="store_true", help="also score soft mixtures, which are not n log2 K bits")
     add("--probe-on", choices=("z", "onehot", "both"), default="z", help="linear probe of the "
@@ -307,16 +304,15 @@ def main():
     add("--batch-size", type=int, default=256, help="images at a time; lower if memory runs out")
     args = parser.parse_args()
     try:
-        if min(args.batch_size, args.train_images or 1, args.test_images or 1) < 1:
+        given = {k: v for k, v in vars(args).items() if k in ("data", "train_images", "test_images")}
+        if min([args.batch_size, *(n for n in given.values() if isinstance(n, int))]) < 1:
             raise ValueError("--batch-size, --train-images and --test-images must be at least 1")
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
         if args.json and not args.json.absolute().parent.is_dir():
             raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
         config, teacher, student = load_checkpoint(args.checkpoint, args.device)
-        for key in ("data", "train_images", "test_images"):
-            config[key] = getattr(args, key) or config[key]
-        results = evaluate(teacher, student, config, args.soft, args.probe_on, args.batch_size)
+        results = evaluate(teacher, student, config | given, args.soft, args.probe_on, args.batch_size)
         print_table(results)
         if args.json:  # all or nothing: a reader, or a crash, never meets half a file
             part = args.json.with_name(f"{args.json.name}.tmp")

@@ -9,6 +9,7 @@ interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA 
 import argparse
 import copy
 import math
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -199,6 +200,42 @@ def read_weights(path):
     return state
 
 
+def read_teacher(path):
+    """A file with DINO's or our own weights -> frozen Teacher. Raises OSError, or ValueError naming it."""
+    state = read_weights(path)
+    try:
+        return teacher_from_state(dino_to_torchvision(state))
+    except Exception as error:                      # wrong names, types, shapes: each another kind
+        raise ValueError(f"{path} is no teacher: {' '.join(str(error).split())[:200]}") from None
+
+
+def hub_teacher(name):
+    """The teacher `name` of HUB, downloaded once to where torch.hub keeps its files. DINO's files have
+    no hash to check, and torch.hub takes a cut connection for the file's end: a new file is kept only
+    after it has been read. Raises OSError for a download, ValueError for a file kept earlier."""
+    url = DINO_URL.format(HUB[name])
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if path.is_file():
+        try:
+            return read_teacher(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it, and the next run downloads it again") from None
+    part = Path(f"{path}.{os.getpid()}.tmp")        # two runs at a time do not meet
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(part))
+        teacher = read_teacher(part)
+        os.replace(part, path)
+        return teacher
+    except Exception as error:                      # no network, no such page, half a file, a full disk
+        raise OSError(f"cannot get the weights of {name} from {url} ({error}); nothing is kept. Try again, "
+                      "or download it elsewhere and pass --teacher FILE, or use --random-teacher to try "
+                      "the sizes") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
 def build_teacher(name, random_weights=False):
     """The frozen teacher `name`: one of HUB (downloaded once), a name in weights/, or a file with DINO's
     or our own weights. random_weights: the architecture of a HUB name, untrained, to try sizes without a
@@ -209,25 +246,12 @@ def build_teacher(name, random_weights=False):
         width = 768 if "vitb" in name else 384
         return small_vit(224, int(name[9:]), width, 12, width // 64).eval().requires_grad_(False)
     if name in HUB:
-        url = DINO_URL.format(HUB[name])
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)         # where torch.hub keeps them
-        try:
-            if not path.is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path))
-        except Exception as error:
-            raise OSError(f"cannot get the weights of {name} ({error}). Without a network: download {url} elsewhere "
-                          "and pass --teacher FILE, or use --random-teacher to try the sizes") from None
-    else:
-        shipped = WEIGHTS / f"{name}.pt"
-        if not shipped.is_file() and not Path(name).is_file():
-            known = sorted(f.stem for f in WEIGHTS.glob("*.pt"))
-            raise FileNotFoundError(f"no teacher {name!r}: give a file, or one of {', '.join([*HUB, *known])}")
-        path = shipped if shipped.is_file() else name
-    try:
-        return teacher_from_state(dino_to_torchvision(read_weights(path)))
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"teacher {name}: {' '.join(str(error).split())[:200]}") from None
+        return hub_teacher(name)
+    shipped = WEIGHTS / f"{name}.pt"
+    if not shipped.is_file() and not Path(name).is_file():
+        known = sorted(f.stem for f in WEIGHTS.glob("*.pt"))
+        raise FileNotFoundError(f"no teacher {name!r}: give a file, or one of {', '.join([*HUB, *known])}")
+    return read_teacher(shipped if shipped.is_file() else name)
 
 
 # ------------------------------------------------------------- student: D_S, discretizer, E_S, P_S
@@ -427,7 +451,7 @@ class Student(nn.Module):
         if length < 1 or length & (length - 1):
             raise ValueError(f"--length must be a power of two (prefixes of 1, 2, 4, …), not {length}")
         for name, (_, heads) in (("descriptor", descriptor), ("interpreter", interpreter)):
-            if width % heads:
+            if heads < 1 or width % heads:
                 raise ValueError(f"--{name}-heads {heads} does not divide the teacher's width {width}")
         self.register_buffer("mean", torch.zeros(2, width))                     # of CLS, of patches
         self.register_buffer("std", torch.ones(width))                          # of patches
@@ -520,10 +544,15 @@ def load_checkpoint(path, device="cpu"):
     state = read_weights(path)
     if not {"config", "teacher", "student"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of train.py (for a teacher's weights use --teacher)")
+    config = state["config"]
     try:
+        sizes = [config["image_size"], config["train_images"] or 1, config["test_images"] or 1]
+        kinds = [type(config["data"]), *(type(n) for n in (config["seed"], *sizes))]
+        if kinds != [str, int, int, int, int] or min(sizes) < 1:
+            raise TypeError("its flags are not those of train.py")
         teacher = teacher_from_state(state["teacher"])
-        student, _ = build_student(state["config"], teacher.width)
+        student, _ = build_student(config, teacher.width)
         student.load_state_dict(state["student"])
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except Exception as error:                      # as above: what a file can hold has no end
         raise ValueError(f"{path} does not fit this code: {' '.join(str(error).split())[:200]}") from None
-    return (state["config"], teacher.to(device), student.to(device).eval().requires_grad_(False))
+    return config, teacher.to(device), student.to(device).eval().requires_grad_(False)

@@ -35,7 +35,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10, cifar100, stl10 or folder:PATH")
-    add("--train-images", type=int, default=None, help="use at most so many; default all")
+    add("--train-images", type=data.image_count, help="use at most so many; default: all")
     add("--image-size", type=int, default=32, help="pixels; a multiple of the patch")
     add("--crop", type=float, nargs=2, default=None, help="share of the area of a global crop, from and to; default the data set's")
     add("--locals", type=int, default=0,

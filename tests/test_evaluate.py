@@ -356,9 +356,22 @@ def test_mistakes_end_in_one_line(toy_run, monkeypatch, arguments, complaint):
     assert str(stop.value).startswith("evaluate.py: ") and "\n" not in str(stop.value)
 
 
-def test_images_without_classes_are_refused(monkeypatch):
-    unlabelled = colour_set(10)
-    unlabelled.labels[4] = -1
-    monkeypatch.setattr(ev, "load", lambda *a: unlabelled)
+@pytest.mark.parametrize("flags, sizes", [
+    ([], [90, 30]), (["--train-images", "all"], [None, 30]), (["--test-images", "all"], [90, None]),
+    (["--train-images", "50", "--data", "other"], [50, 30])])
+def test_flags_that_are_given_replace_the_runs_own(toy_run, monkeypatch, flags, sizes):
+    seen = []
+    monkeypatch.setattr(ev, "evaluate", lambda teacher, student, config, *rest: seen.append(config) or 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "run.pt", "--device", "cpu", *flags])
+    with pytest.raises(ZeroDivisionError):
+        ev.main()
+    assert [seen[0][k] for k in ("train_images", "test_images")] == sizes
+    assert seen[0]["data"] == ("other" if "other" in flags else "toy") and seen[0]["vocab"] == 4
+
+
+def test_images_without_classes_are_refused(tmp_path):
+    for name in ("train/a/1.png", "test/a/1.png", "test/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     with pytest.raises(ValueError, match="without a class"):
-        ev.evaluate(ToyTeacher(), ToyStudent(), CONFIG)
+        ev.evaluate(ToyTeacher(), ToyStudent(), CONFIG | {"data": f"folder:{tmp_path}"})

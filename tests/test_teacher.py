@@ -1,8 +1,12 @@
 """Known answers for the files model.py reads: DINO's weights against DINO's own architecture,
 downloads from a stand-in on this machine, checkpoints whole, damaged, foreign and hostile."""
 import argparse
+import http.server
+import io
 import os
 import pickle
+import re
+import threading
 
 import pytest
 import torch
@@ -121,42 +125,107 @@ def test_hub_architectures(name, tokens, width, size):
 
 # ---- teachers by name ----------------------------------------------------------------------------
 
+class Server(http.server.BaseHTTPRequestHandler):
+    """Stands in for DINO's: `files`, name -> (bytes, how many it says they are; None: it does not say)."""
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        body, length = self.server.files.get(self.path, (b"", 0))
+        self.send_response(200 if body else 404)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words):
+        pass
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Stands in for DINO's server: the folder that it serves. Downloads are kept in another one."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "cache"))
-    (tmp_path / "server").mkdir()
-    monkeypatch.setattr(model, "DINO_URL", (tmp_path / "server").as_uri() + "/{0}_pretrain.pth")
-    return tmp_path / "server"
+    """A server on this machine; what is downloaded from it is kept in `hub.cache`."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        server.files, server.asked, server.cache = {}, [], tmp_path / "checkpoints"
+        url = f"http://127.0.0.1:{server.server_port}/{{0}}.pth"
+        monkeypatch.setattr(model, "DINO_URL", url)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 def one_line(error):
     return "\n" not in str(error.value) and str(error.value)
 
 
-def test_hub_teacher_is_downloaded_once(hub):
+def saved(content, **flags):
+    """The bytes of the file that torch.save makes."""
+    file = io.BytesIO()
+    torch.save(content, file, **flags)
+    return file.getvalue()
+
+
+def test_hub_teacher_is_downloaded_once(hub, capfd):
     state, x = dino_state(), torch.randn(2, 3, 12, 12)
-    torch.save(state, hub / "deitsmall8_pretrain.pth")
+    body = saved(state)
+    hub.files["/deitsmall8.pth"] = (body, len(body))
     first = model.build_teacher("dino_vits8")(x)
-    (hub / "deitsmall8_pretrain.pth").unlink()
-    assert torch.equal(model.build_teacher("dino_vits8")(x), first)
     assert close(first, dino_forward(state, x), 1e-4)
+    assert re.search(r"100(\.0)?%", capfd.readouterr().err)                     # its progress
+    assert torch.equal(model.build_teacher("dino_vits8")(x), first)
+    assert hub.asked == ["/deitsmall8.pth"] and capfd.readouterr().err == ""
+    assert [(f.name, f.read_bytes()) for f in hub.cache.iterdir()] == [("deitsmall8.pth", body)]
 
 
-def test_hub_teacher_without_a_network(hub):
-    with pytest.raises(OSError) as error:
+@pytest.mark.parametrize("says_length", [True, False])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_half_a_download_is_not_kept(hub, zipped, says_length):
+    body = saved(dino_state(), _use_new_zipfile_serialization=zipped)
+    for sent in (len(body) // 2, len(body) - 1, 0):
+        hub.files["/vitbase16.pth"] = (body[:sent], len(body) if says_length else None)
+        with pytest.raises(OSError, match="nothing is kept. Try again") as error:
+            model.build_teacher("dino_vitb16")
+        assert one_line(error) and list(hub.cache.iterdir()) == []
+    hub.files["/vitbase16.pth"] = (body, len(body))
+    assert model.build_teacher("dino_vitb16").width == 128 and len(hub.asked) == 4
+
+
+def test_hub_teacher_without_a_network(hub, monkeypatch):
+    for url, reason in ((model.DINO_URL, "404"), ("http://127.0.0.1:9/{0}.pth", "refused")):
+        monkeypatch.setattr(model, "DINO_URL", url)
+        with pytest.raises(OSError, match=reason) as error:
+            model.build_teacher("dino_vitb16")
+        words = one_line(error).split()
+        assert {"dino_vitb16", url.format("vitbase16"), "--teacher", "--random-teacher"} <= set(words)
+        assert list(hub.cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("content, words", [
+    (saved({"fc.weight": torch.ones(2)}), "no vision transformer"), (saved({"teacher": 3}), "no vision"),
+    (saved([1, 2]), "holds a list"), (b"<html>not here</html>", "damaged or no PyTorch checkpoint")])
+def test_hub_serves_something_else(hub, content, words):
+    hub.files["/vitbase16.pth"] = (content, len(content))
+    with pytest.raises(OSError, match=words) as error:
         model.build_teacher("dino_vitb16")
-    assert {"dino_vitb16", "--teacher", "--random-teacher"} <= set(one_line(error).split())
+    assert model.DINO_URL.format("vitbase16") in one_line(error) and list(hub.cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [
-    {"fc.weight": torch.ones(2)}, {"teacher": 3}, [1, 2], b"<html>404</html>"])
-def test_hub_serves_something_else(hub, content):
-    served = hub / "vitbase16_pretrain.pth"
-    served.write_bytes(content) if isinstance(content, bytes) else torch.save(content, served)
-    with pytest.raises(ValueError) as error:
-        model.build_teacher("dino_vitb16")
-    assert one_line(error)
+@pytest.mark.parametrize("content, words", [
+    (saved(dino_state())[:-100], "damaged"), (saved({"fc.weight": torch.ones(2)}), "no teacher"),
+    (b"", "damaged")])
+def test_a_bad_file_that_was_kept_is_named_and_left_alone(hub, content, words):
+    kept = hub.cache / "deitsmall16.pth"
+    kept.parent.mkdir()
+    kept.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{kept}.* {words}.*; delete it, and the next") as error:
+        model.build_teacher("dino_vits16")
+    assert one_line(error) and kept.read_bytes() == content and hub.asked == []
+    kept.unlink()
+    body = saved(dino_state())
+    hub.files["/deitsmall16.pth"] = (body, len(body))
+    assert model.build_teacher("dino_vits16").patch == 4
 
 
 def test_unknown_and_incomplete_teachers(tmp_path):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import data
@@ -147,6 +148,17 @@ def test_the_test_part_plays_no_part_in_training(tiny, monkeypatch):
 def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, flags, words):
     assert words in refusal(monkeypatch, tiny(*flags.split()))
     assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+def test_data_that_cannot_be_evaluated_is_told_before_training(tiny, tmp_path, monkeypatch):
+    (tmp_path / "flat").mkdir()
+    for i in range(60):
+        Image.new("RGB", (8, 8), (i, 4 * i, 255 - i)).save(tmp_path / "flat" / f"{i}.png")
+    words = tiny("--data", f"folder:{tmp_path / 'flat'}", "--epochs", "1", "--train-images", "all")
+    assert "--no-evaluate" in refusal(monkeypatch, [*words, "--evaluate"])
+    assert not (tmp_path / "run").exists()                  # nor has anything been written
+    train.run(train.parse(words))
+    assert records(tmp_path / "run")[0]["step"] == (60 - 3) // 16   # all of them, but 1 in 20
 
 
 def test_a_run_is_not_overwritten_by_accident(tiny, tmp_path, monkeypatch):
