@@ -1,0 +1,89 @@
+"""extras/vqvae.py: where codes look, what they rebuild, and a whole run as the tables read it."""
+import json
+
+import pytest
+import torch
+
+import evaluate
+import model
+from extras import experiments, vqvae
+
+SMALL = "--vocab 8 --width 16 --batch-size 16 --device cpu".split()
+
+
+def build(*flags):
+    args = vqvae.parse([*SMALL, *flags])
+    return vqvae.VQVAE(args.image_size, args.length, args.width, args), args
+
+
+@pytest.mark.parametrize("length, grid", [(1, (1, 1)), (2, (2, 1)), (8, (4, 2)), (16, (4, 4))])
+def test_a_picture_is_exactly_t_codes_and_comes_back_at_its_size(length, grid):
+    net, _ = build("--length", str(length))
+    said = net.encode(torch.randn(3, 3, 32, 32))
+    assert net.grid == grid and said.ids.shape == (3 * length,)
+    assert net.decode(said.embedding).shape == (3, 3, 32, 32)
+
+
+def test_codes_are_in_reading_order_each_about_its_place():
+    """The corner's pixel is seen by code 1 (row 0, column 1), and by no code of the lower half."""
+    net, _ = build()
+    x = torch.randn(1, 3, 32, 32)
+    changed = x.clone()
+    changed[..., 0, 31] += 5
+    z, other = (net.encoder(v).flatten(2)[0].T for v in (x, changed))           # (8, width)
+    moved = (z - other).abs().sum(1)
+    assert moved[1] > 0 and moved[4:].max() == 0
+    first = net.encode(torch.cat([changed, x])).logits.unflatten(0, (2, 8))     # pictures, then codes
+    assert not torch.equal(first[0, 1], first[1, 1]) and torch.equal(first[0, 4:], first[1, 4:])
+
+
+def test_pictures_of_few_flat_colours_are_learned_and_ties_are_exact():
+    """Five colours need five symbols: nearly all of the variance is rebuilt, and each picture of a
+    colour gets the same symbols and the very same pixels."""
+    net, args = build("--epochs", "6", "--lr", "5e-3")
+    colours = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]])
+    kind = torch.arange(320) % 5
+    images = colours[kind].byte()[:, :, None, None].expand(-1, -1, 32, 32)
+    optimizer = torch.optim.Adam(net.parameters())
+    log = [vqvae.train_epoch(net.train(), optimizer, images, e, args) for e in range(args.epochs)]
+    ids, rebuilt = vqvae.read(net, images, args)
+    x = vqvae.data.normalize(images)
+    assert (rebuilt - x).square().mean() < 0.1 * x.var() and log[-1]["mse"] < log[0]["mse"] / 3
+    assert len(torch.unique(ids, dim=0)) == 5
+    assert all(torch.equal(rebuilt[i], rebuilt[i % 5]) for i in range(320))
+    assert [r["step"] for r in log] == [20 * e for e in range(1, 7)]
+
+
+def test_a_run_is_scored_on_its_symbols_alone_and_read_by_the_tables(tmp_path, monkeypatch):
+    torch.save(model.small_vit(32, 8, 64, 1, 1).vit.state_dict(), tmp_path / "teacher.pt")
+    out = tmp_path / "shapes-vqvae-8-s0"
+    flags = [*SMALL, "--teacher", str(tmp_path / "teacher.pt"), "--out", str(out), "--epochs", "1",
+             "--train-images", "96", "--test-images", "48"]
+    kept = []
+    monkeypatch.setattr(vqvae, "read", lambda *a, read=vqvae.read: kept.append(read(*a)) or kept[-1])
+    vqvae.run(vqvae.parse(flags))
+    assert (out / "reconstructions.png").exists()
+    results = json.loads((out / "results.json").read_text())
+    sets = evaluate.load_splits(vars(vqvae.parse(flags)))
+    onehot = [torch.nn.functional.one_hot(ids, 8).flatten(1) for ids, _ in kept]
+    knn = evaluate.knn_accuracies(onehot[0], sets[0].labels, onehot[1], sets[1].labels)
+    assert results["onehot"]["knn_top1"] == pytest.approx(sum(v[0] for v in knn.values()) / 4)
+    assert results["bits"] == 24 and len(results["perplexity"]) == 8
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    row, = (r for r in experiments.rows() if r["symbols"])
+    assert (row["method"], row["vocab"], row["symbols"], row["seed"]) == ("vqvae", 8, 8, 0)
+    ceiling = next(r for r in experiments.rows() if r["method"] == "teacher")
+    assert row["retention"] == pytest.approx(row["knn_top1"] / ceiling["knn_top1"])
+    with pytest.raises(ValueError, match="holds a run already"):
+        vqvae.run(vqvae.parse(flags))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--length", "6"], "power of two"), (["--length", "0"], "power of two"),
+    (["--image-size", "40"], "multiple of 32"), (["--disc", "gumbel"], "leave --disc at vq")])
+def test_what_cannot_be_is_one_line(flags, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["vqvae", "--train-images", "40", "--test-images", "20", "--device",
+                                     "cpu", "--out", str(tmp_path / "x"), *flags])
+    with pytest.raises(SystemExit, match=words):
+        vqvae.main()
+    assert not (tmp_path / "x").exists()
