@@ -3,12 +3,12 @@
     python -m extras.baselines --vocab 128 --json results/baselines-shapes-128-s0.json
     python -m extras.baselines --space --json results/baselines-shapes-128-space-s0.json
 
-1 symbol: k-means with K centres. More: residual k-means, whose stage j quantises what stages 1 … j-1
-left over (Juang and Gray 1982). n stages are n symbols of K, exactly as many bits as a prefix of n
-symbols of the student; the receiver knows the K * n centres and adds them up. Plain k-means stops at
-1 symbol: for the 14 bits of 2 symbols of 128 it would need 16 384 centres, one to each of 20 000
-pictures, and 2^28 for 4. Same data, same k-NN and linear probe as evaluate.py. A student below these
-figures has not learned anything that its teacher's features and a minute of k-means would not give.
+1 symbol: k-means with K centres. More: residual k-means, whose stage j quantises what stages
+1 … j-1 left over (Juang and Gray 1982). n stages are n symbols of K, exactly as many bits as a
+prefix of n symbols of the student; the receiver knows the K * n centres and adds them up. Plain
+k-means stops at 1 symbol: 2 symbols of 128 are 14 bits, 16 384 centres for 20 000 pictures, and 4
+are 2^28. Same data, same k-NN and linear probe as evaluate.py. A student below these figures has
+not learned anything that its teacher's features and a minute of k-means would not give.
 """
 import argparse
 import json
@@ -33,7 +33,7 @@ def add_flags(p):
     p.add_argument("--length", type=int, default=8, help="T, symbols; a power of two")
     p.add_argument("--train-images", type=int, default=20000, help="at most so many")
     p.add_argument("--test-images", type=int, default=5000, help="at most so many")
-    p.add_argument("--seed", type=int, default=0, help="of the draws, and of the data as in train.py")
+    p.add_argument("--seed", type=int, default=0, help="of the draws, and of the data, as train.py")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="for the networks; k-means and probes run on the CPU")
 
@@ -55,8 +55,8 @@ def percentages(train_x, train_y, test_x, test_y, linear=True):
 
 
 def residual_kmeans(train, test, vocab, stages, iterations=25):
-    """train (n, d), test (m, d) -> for each number of stages 1 … stages the reconstructions of both,
-    and the symbols of test (m, stages so far). Centres are fitted on train alone."""
+    """train (n, d), test (m, d) -> for each number of stages 1 … stages: what is rebuilt of train
+    and of test, and the symbols of test (m, stages so far). Centres are fitted on train alone."""
     left, sums = [train.clone(), test.clone()], [torch.zeros_like(train), torch.zeros_like(test)]
     said = torch.empty(len(test), 0, dtype=torch.long)
     for _ in range(stages):
@@ -97,11 +97,11 @@ def run(args):
             figures[name]["perplexity"] = evaluate.code_figures(said, args.vocab)["perplexity"]
     for name, row in figures.items():
         row["retention"] = row["knn_top1"] / figures["teacher"]["knn_top1"]
-        print(f"{name:8} " + "  ".join(f"{key} {value:.3f}" if key == "retention" else f"{key} {value:.2f}"
-                                       for key, value in row.items() if key != "perplexity"))
+        print(f"{name:8}", *(f"{key} {value:.{3 if key == 'retention' else 2}f}"
+                             for key, value in row.items() if key != "perplexity"))
     if args.json:
-        facts = {"config": {k: str(v) for k, v in vars(args).items()}, "machine": machine(args.device),
-                 "seconds": round(time.time() - start, 1)}
+        facts = {"config": {k: str(v) for k, v in vars(args).items()},
+                 "machine": machine(args.device), "seconds": round(time.time() - start, 1)}
         train_script.write(args.json, lambda part: part.write_text(
             json.dumps(facts | figures, indent=1) + "\n"))
 

@@ -1,16 +1,16 @@
-"""The VQ-VAE baseline (van den Oord et al. 2017): the symbols from which the pixels are rebuilt best.
+"""The VQ-VAE baseline (van den Oord et al. 2017): the symbols that rebuild the pixels best.
 
-    python -m extras.vqvae                                  # shapes: about 4 minutes on one CPU core
+    python -m extras.vqvae                              # shapes: about 4 minutes on one CPU core
     python -m extras.vqvae --vocab 512 --seed 1 --out runs/vqvae-512
     python -m extras.vqvae --data folder:cifar10 --teacher cifar10
 
     z_e = encoder(x), z_q = its nearest codebook vectors           (B, width, rows, columns)
     L   = |x - decoder(z_q)|^2 + beta |z_e - sg(z_q)|^2            eq. 3; the codebook by EMA (A.1)
 
-Equal bits: at 32 pixels a VQ-VAE usually says 8 x 8 codes. Here three convolutions of stride 2 leave
-4 x 4 cells, and a last one, whose kernel is its stride, merges each pair of neighbours in a row:
-4 rows x 2 columns = 8 codes of K, in reading order, exactly the 8 log2 K bits of the student.
-A code is about its part of the picture; no prefix stands for the whole, so all 8 are scored at once.
+Equal bits: at 32 pixels a VQ-VAE usually says 8 x 8 codes. Here three convolutions of stride 2
+leave 4 x 4 cells, and a last one, whose kernel is its stride, merges each pair of neighbours in a
+row: 4 rows x 2 columns = 8 codes of K, in reading order, exactly the student's 8 log2 K bits. A
+code is about its part of the picture; no prefix stands for the whole, so all 8 are scored at once.
 
 What a receiver of the symbols alone can compute is scored as the student is, by evaluate.py: the
 concatenated code vectors ("student" in results.json), the one-hot symbols, and the rebuilt pixels
@@ -45,7 +45,7 @@ class VQVAE(nn.Module):
 
     def __init__(self, size, length, width, args):
         super().__init__()
-        rows = 2 ** math.ceil(math.log2(max(length, 1)) / 2)                    # 8 -> 4 x 2, 16 -> 4 x 4
+        rows = 2 ** math.ceil(math.log2(max(length, 1)) / 2)            # 8 -> 4 x 2, 16 -> 4 x 4
         columns, cells = length // rows, size // 8
         if length < 1 or rows * columns != length or columns & (columns - 1):
             raise ValueError(f"--length must be a power of two, not {length}")
@@ -57,11 +57,12 @@ class VQVAE(nn.Module):
         self.encoder = nn.Sequential(
             half(3, width // 2), nn.ReLU(), half(width // 2, width), nn.ReLU(),
             half(width, width), nn.ReLU(), nn.Conv2d(width, width, merge, merge),
-            # Our choice (Lancucki et al. 2020): without it the commitment shrinks z_e, and codes die
+            # Our choice (Lancucki et al. 2020): else the commitment shrinks z_e, and codes die
             nn.BatchNorm2d(width, affine=False))
         self.decoder = nn.Sequential(
-            nn.ConvTranspose2d(width, width, merge, merge), nn.ReLU(), twice(width, width), nn.ReLU(),
-            twice(width, width // 2), nn.ReLU(), twice(width // 2, 3))
+            nn.ConvTranspose2d(width, width, merge, merge), nn.ReLU(),
+            twice(width, width), nn.ReLU(), twice(width, width // 2), nn.ReLU(),
+            twice(width // 2, 3))
         self.vq = discretize.VQ(width, args.vocab, args)
         self.grid = rows, columns
 
@@ -71,7 +72,7 @@ class VQVAE(nn.Module):
 
     def decode(self, embeddings):
         """Code vectors (B * T, width) -> pictures (B, 3, S, S), normalised as the input."""
-        z = embeddings.unflatten(0, (-1, math.prod(self.grid))).transpose(1, 2)  # (B, width, T)
+        z = embeddings.unflatten(0, (-1, math.prod(self.grid))).transpose(1, 2)     # (B, width, T)
         return self.decoder(z.unflatten(2, self.grid))
 
     def forward(self, x):
@@ -87,11 +88,12 @@ def parse(argv=None):
     discretize.add_flags(p)
     p.set_defaults(disc="vq")
     add = p.add_argument_group("VQ-VAE").add_argument
-    add("--width", type=int, default=64, help="channels; raise for photographs, time goes as its square")
+    add("--width", type=int, default=64, help="channels; more rebuild better, time as the square")
     add("--epochs", type=int, default=10)
     add("--batch-size", type=int, default=64, help="pictures per step")
     add("--lr", type=float, default=2e-3, help="peak, after 5 %% of the steps; to 0 by a cosine")
     add("--out", type=Path, help="run directory; default runs/DATA-vqvae-VOCAB-sSEED")
+    add("--overwrite", action="store_true", help="start anew although OUT holds a run")
     return p.parse_args(argv)
 
 
@@ -142,7 +144,7 @@ def score(net, sets, cls, args):
     rows = {}
     for name, (a, b) in features.items():
         rows[name] = baselines.percentages(a, sets[0].labels, b, sets[1].labels, name != "rebuilt")
-        print(f"{name:8} " + "  ".join(f"{key} {value:.2f}" for key, value in rows[name].items()), flush=True)
+        print(f"{name:8}", *(f"{key} {value:.2f}" for key, value in rows[name].items()), flush=True)
     kept = rows["student"]["knn_top1"] / rows["teacher"]["knn_top1"]
     mse = F.mse_loss(rebuilt, data.normalize(sets[1].images, args.image_size)).item()
     return {**rows, "student": {args.length: rows["student"]}, "retention": {args.length: kept},
@@ -153,9 +155,10 @@ def score(net, sets, cls, args):
 def run(args):
     if args.disc != "vq":
         raise ValueError("a VQ-VAE has a codebook: leave --disc at vq")
-    out = args.out or Path("runs", f"{args.data.replace(':', '-').replace('/', '-')}-vqvae-{args.vocab}-s{args.seed}")
-    if (out / "results.json").exists():
-        raise ValueError(f"{out} holds a run already; name another --out")
+    name = f"{args.data.replace(':', '-').replace('/', '-')}-vqvae-{args.vocab}-s{args.seed}"
+    out = args.out or Path("runs", name)
+    if (out / "results.json").exists() and not args.overwrite:
+        raise ValueError(f"{out} holds a run already: --overwrite to start anew, or another --out")
     torch.manual_seed(args.seed)
     sets = evaluate.load_splits(vars(args))
     teacher = model.build_teacher(args.teacher).to(args.device)
@@ -171,12 +174,13 @@ def run(args):
             record = train_epoch(net.train(), optimizer, sets[0].images, epoch, args)
             record["seconds"] = round(time.time() - start, 1)
             print(json.dumps(record), file=log, flush=True)
-            print(f"epoch {epoch + 1}/{args.epochs}  mse {record['mse']:.3f}  perplexity "
-                  f"{min(record['perplexity']):.0f}-{max(record['perplexity']):.0f}  {record['seconds']:.0f} s", flush=True)
+            print(f"epoch {epoch + 1}/{args.epochs}  mse {record['mse']:.3f}  smallest perplexity "
+                  f"{min(record['perplexity']):.0f}  {record['seconds']:.0f} s", flush=True)
     cls = [cls_features(teacher, s.images, args.image_size) for s in sets]
     results, rebuilt = score(net, sets, cls, args)
-    shown = torch.cat([data.normalize(sets[1].images[:8], args.image_size), rebuilt[:8]]) * data.STD + data.MEAN
-    save_image(F.interpolate(shown.clamp(0, 1), scale_factor=3), out / "reconstructions.png", nrow=8)
+    shown = torch.cat([data.normalize(sets[1].images[:8], args.image_size), rebuilt[:8]])
+    shown = F.interpolate((shown * data.STD + data.MEAN).clamp(0, 1), scale_factor=3)
+    save_image(shown, out / "reconstructions.png", nrow=8)
     write(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
     print(f"{out}: " + " ".join(sorted(f.name for f in out.iterdir())))
 
