@@ -199,7 +199,7 @@ def figures():
                 for name in names}
         runs = [found[0].parent for found in logs.values() if found]
         path = RESULTS / f"figure{number}{'' if data == 'shapes' else '-' + data}.png"
-        print(visualize.curves(runs, path, keys) if len(runs) > 1 else f"no {path.name}",
+        print(visualize.curves(runs, path, keys).name if len(runs) > 1 else f"no {path.name}",
               *(f"\n  not run yet: {name}" for name, found in logs.items() if not found))
 
 

@@ -1,4 +1,4 @@
-"""extras/experiments.py: processes side by side, rows and tables from planted files, the figures."""
+"""extras/experiments.py: processes side by side, rows and tables of planted files, figures."""
 import json
 
 import numpy as np
@@ -20,7 +20,8 @@ out.mkdir(parents=True, exist_ok=True)
 (out / "here").touch()
 while mode == "meet" and len(list(out.parent.glob("*/here"))) < 2: time.sleep(0.02)
 facts = {"words": words, "threads": os.environ["OMP_NUM_THREADS"]}
-for name in ("config.json", "metrics.jsonl", "results.json"): (out / name).write_text(json.dumps(facts))
+for name in ("config.json", "metrics.jsonl", "results.json"):
+    (out / name).write_text(json.dumps(facts))
 """
 
 
@@ -52,7 +53,8 @@ def test_one_that_fails_stops_no_other_and_is_named_at_the_end(place, monkeypatc
     assert "2 failed" in words and "b-s0: exit code 3: something is wrong" in words
     assert "b-s1.log" in words and "a-s" not in words
     assert sorted(p.name for p in (place / "results").iterdir()) == ["a-s0", "a-s1"]
-    first, second = (json.loads((place / f"results/a-s{i}/results.json").read_text()) for i in (0, 1))
+    first, second = (json.loads((place / f"results/a-s{seed}/results.json").read_text())
+                     for seed in (0, 1))
     assert first["threads"] == "2"                              # 5 threads for 2 jobs
     assert first["words"][:2] == ["--seed", "0"] and "--resume" not in first["words"]
     assert second["words"][:2] == ["--seed", "1"] and second["words"][-1] == "--resume"
@@ -68,7 +70,7 @@ def test_jobs_run_at_the_same_time(place, capsys):
 
 
 @pytest.mark.parametrize("words, why", [
-    (["nonsense"], "unknown experiment nonsense"), (["a", "--jobs", "0"], "--jobs must be at least 1")])
+    (["nonsense"], "unknown experiment nonsense"), (["a", "--jobs", "0"], "must be at least")])
 def test_wrong_words_are_one_line(place, monkeypatch, words, why):
     with pytest.raises(SystemExit, match=why):
         main(monkeypatch, "run", *words)
@@ -81,7 +83,7 @@ def row(top1):
 
 
 def plant(folder, run, config, kept, seconds=60.0, log=()):
-    """results/RUN as train.py leaves it: kept is {symbols: retention}; the teacher's k-NN is 80 %."""
+    """results/RUN as train.py leaves it; kept: {symbols: retention} of the teacher's k-NN, 80 %."""
     path = folder / run
     path.mkdir(parents=True)
     machine = {"torch": "2.6", "threads": 2, "gpu": None}
@@ -116,15 +118,17 @@ def test_rows_are_one_per_run_and_number_of_symbols(planted):
         ("softmax", n, 1) for n in (1, 2, 4, 8)] + [
         ("vqvae", 8, 0), ("pixels", None, 0), ("kmeans", 1, 0), ("residual-kmeans", 8, 0)]
     keys = {"experiment", "data", "method", "explore", "vocab", "symbols", "seed", "knn_top1",
-            "knn_top5", "linear_top1", "linear_top5", "retention", "perplexity", "hardware", "seconds"}
+            "knn_top5", "linear_top1", "linear_top5", "retention", "perplexity", "hardware",
+            "seconds"}
     assert all(set(r) == keys for r in rows)
     assert rows[1] == row(48.0) | {
-        "experiment": "shapes-softmax-128", "data": "shapes", "method": "softmax", "explore": "base",
-        "vocab": 128, "symbols": 2, "seed": 0, "retention": 0.6, "perplexity": 40.0,
-        "hardware": "CPU, 2 threads", "seconds": 60.0}
+        "experiment": "shapes-softmax-128", "data": "shapes", "method": "softmax",
+        "explore": "base", "vocab": 128, "symbols": 2, "seed": 0, "retention": 0.6,
+        "perplexity": 40.0, "hardware": "CPU, 2 threads", "seconds": 60.0}
     teacher, pixels = rows[4], rows[-3]
     assert (teacher["knn_top1"], teacher["linear_top5"], teacher["retention"]) == (80, 95, 1)
-    assert teacher["vocab"] is None and pixels["linear_top1"] is None and rows[-1]["perplexity"] == 7
+    assert teacher["vocab"] is None and pixels["linear_top1"] is None
+    assert rows[-1]["perplexity"] == 7
 
 
 def test_tables_have_a_line_per_experiment_and_only_where_there_is_news(planted):
@@ -146,9 +150,10 @@ def test_tables_have_a_line_per_experiment_and_only_where_there_is_news(planted)
 
 def test_table_1_and_2_are_the_papers_for_both_data_sets():
     for data in ("shapes", "cifar10"):
-        nine = {f"{data}-{d}-{k}" for d in ("softmax", "gumbel", "vq") for k in (128, 256, 512)}
-        four = {f"{data}-softmax-128{e}" for e in ("", "-entropy", "-info", "-combined")}
-        assert (nine | four | {f"{data}-softmax-{k}" for k in (64, 32, 16)}) <= set(experiments.EXPERIMENTS)
+        runs = {f"{data}-{d}-{k}" for d in ("softmax", "gumbel", "vq") for k in (128, 256, 512)}
+        runs |= {f"{data}-softmax-128{e}" for e in ("", "-entropy", "-info", "-combined")}
+        runs |= {f"{data}-softmax-{k}" for k in (64, 32, 16)}
+        assert runs <= set(experiments.EXPERIMENTS)
     assert "--data folder:cifar10" in experiments.EXPERIMENTS["cifar10-softmax-128-info"]
 
 
@@ -176,10 +181,11 @@ def test_figures_of_the_runs_that_exist(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "no figure3-cifar10.png" in printed and "not run yet: shapes-gumbel-512" in printed
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["figure3.png", "figure4.png"]
-    three, four = (np.asarray(Image.open(tmp_path / f"figure{i}.png").convert("RGB")) for i in (3, 4))
+    three, four = (np.asarray(Image.open(tmp_path / f"figure{number}.png").convert("RGB"))
+                   for number in (3, 4))
     # One line of legend (80 pixels), then a row of three panels each 254 pixels high
     assert three.shape == (80 + 254 - 22, 1400, 3) and four.shape == (80 + 2 * 254 - 22, 1400, 3)
     blue, orange = np.array([0, 0x72, 0xb2]), np.array([0xd5, 0x5e, 0])
-    for sheet in (three, four):                                 # two runs in the legend, in two colours
+    for sheet in (three, four):                                 # two runs in the legend
         assert all((np.abs(sheet[:50].astype(int) - c).sum(-1) < 30).any() for c in (blue, orange))
-    assert not (np.abs(three[80:].astype(int) - blue).sum(-1) < 30).any()       # equal: under orange
+    assert not (np.abs(three[80:].astype(int) - blue).sum(-1) < 30).any()   # equal: under orange
