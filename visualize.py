@@ -312,22 +312,24 @@ def panel(sheet, x, y, width, height, key, tables):
     sheet.text(x + width - 70, y + height - 44, "epoch", 12, GREY, 1)
 
 
-def curves(runs, path):
-    """Training curves of the runs (folders with metrics.jsonl) in one PNG. -> path. Raises
+def curves(runs, path, keys=tuple(PANELS)):
+    """Training curves of the runs (folders with metrics.jsonl) in one PNG, a panel to each of
+    `keys` of PANELS. -> path. Raises
     FileNotFoundError for a folder without metrics, ValueError for an empty or foreign file."""
     if len(runs) > len(RUN_COLOURS):
         raise ValueError(f"{len(runs)} runs: at most {len(RUN_COLOURS)} can be told apart")
     tables = [read_metrics(run) for run in runs]
     names = [Path(run).resolve().name for run in runs]
     names = [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names)]
-    columns, width, height = 4, (WIDTH - 2 * MARGIN) // 4, 254
+    columns, height = 3 if len(keys) % 3 == 0 else 4, 254
+    width = (WIDTH - 2 * MARGIN) // columns
     top = MARGIN + math.ceil(len(runs) / columns) * 22 + 34
-    sheet = Sheet(WIDTH, top + math.ceil(len(PANELS) / columns) * height - 22)
+    sheet = Sheet(WIDTH, top + math.ceil(len(keys) / columns) * height - 22)
     for i, name in enumerate(names):
         x, y = MARGIN + 44 + i % columns * width, MARGIN + 6 + i // columns * 22
         sheet.line([(x, y), (x + 24, y)], RUN_COLOURS[i], 3)
         sheet.text(x + 32, y, name, 14, room=width - 44)
-    for i, key in enumerate(PANELS):
+    for i, key in enumerate(keys):
         x, y = MARGIN + 44 + i % columns * width, top + i // columns * height
         panel(sheet, x, y, width, height, key, tables)
     return sheet.save(path)

@@ -1,19 +1,23 @@
-"""What 1, 2, 4 and 8 symbols keep without any learning of a language: residual k-means on the teacher's CLS.
+"""What 1, 2, 4 and 8 symbols keep without any learning of a language: k-means on the teacher's CLS.
 
-    python -m extras.baselines --vocab 128 --json results/baselines-shapes-128.json
-    python -m extras.baselines --space --json results/baselines-shapes-128-space.json
+    python -m extras.baselines --vocab 128 --json results/baselines-shapes-128-s0.json
+    python -m extras.baselines --space --json results/baselines-shapes-128-space-s0.json
 
-Stage 1 is k-means with K centres; stage j quantises what stages 1 … j-1 left over. n stages are n symbols of K,
-exactly as many bits as a prefix of n symbols of the student; the receiver knows the K * n centres and adds them up.
-Same data, same k-NN and linear probe as evaluate.py. A student below these figures has not learned anything that
-its teacher's features and a minute of k-means would not give.
+1 symbol: k-means with K centres. More: residual k-means, whose stage j quantises what stages
+1 … j-1 left over (Juang and Gray 1982). n stages are n symbols of K, exactly as many bits as a
+prefix of n symbols of the student; the receiver knows the K * n centres and adds them up. Plain
+k-means stops at 1 symbol: 2 symbols of 128 are 14 bits, 16 384 centres for 20 000 pictures, and 4
+are 2^28. Same data, same k-NN and linear probe as evaluate.py. A student below these figures has
+not learned anything that its teacher's features and a minute of k-means would not give.
 """
 import argparse
 import json
+import time
 from pathlib import Path
 
 import torch
 
+import checkpoint
 import data
 import discretize
 import evaluate
@@ -22,61 +26,107 @@ import train as train_script
 from extras.probe_teacher import cls_features
 
 
-def residual_kmeans(train, test, vocab, stages, iterations=25):
-    """train (n, d), test (m, d) -> for each number of stages 1 … stages the reconstructions (train, test).
-    Centres are fitted on train alone."""
-    left, sums = [train.clone(), test.clone()], [torch.zeros_like(train), torch.zeros_like(test)]
-    for _ in range(stages):
-        centres = discretize.kmeans(left[0], vocab, iterations)
-        for i in range(2):
-            nearest = centres[torch.cdist(left[i], centres).argmin(1)]
-            sums[i], left[i] = sums[i] + nearest, left[i] - nearest
-        yield sums[0], sums[1]
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_flags(p):
+    """What every baseline asks for, and train.py too; extras/vqvae.py shares them."""
     p.add_argument("--data", default="shapes", help="as in train.py")
     p.add_argument("--teacher", default="shapes", help="as in train.py")
     p.add_argument("--image-size", type=int, default=32, help="pixels")
-    p.add_argument("--vocab", type=int, default=128, help="K, symbols")
-    p.add_argument("--length", type=int, default=8, help="symbols; prefixes are its powers of two")
+    p.add_argument("--length", type=int, default=8, help="T, symbols; a power of two")
     p.add_argument("--train-images", type=data.image_count, default=20000, help="at most so many, or all")
     p.add_argument("--test-images", type=data.image_count, default=5000, help="at most so many, or all")
-    p.add_argument("--space", action="store_true", help="on the CLS as the student sees it, whitened within pictures")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", type=Path, help="also write the figures there")
-    p.set_defaults(batch_size=64, device="cpu", regression=1.0)         # what train.py's fit of the space reads
-    args = p.parse_args()
-    torch.manual_seed(args.seed)
-    try:
-        sets = evaluate.load_splits(vars(args))
-        teacher = model.build_teacher(args.teacher)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"extras.baselines: {error}") from None
+    p.add_argument("--seed", type=int, default=0, help="of the draws, and of the data, as train.py")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="for the networks; k-means and probes run on the CPU")
+
+
+def machine(device):
+    """What the figures came from, as train.py writes it."""
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def percentages(train_x, train_y, test_x, test_y, linear=True):
+    """The figures of evaluate.score as a flat row: k-NN (mean over k) and, unless there are so many
+    features that it takes minutes, the linear probe; top-1 and top-5 in %."""
+    knn = evaluate.knn_accuracies(train_x, train_y, test_x, test_y).values()
+    pairs = {"knn": [sum(column) / len(knn) for column in zip(*knn)]}
+    if linear:
+        pairs["linear"] = evaluate.linear_probe(train_x, train_y, test_x, test_y)
+    return {f"{name}_top{i}": pair[i > 1] for name, pair in pairs.items() for i in (1, 5)}
+
+
+def residual_kmeans(train, test, vocab, stages, iterations=25):
+    """train (n, d), test (m, d) -> for each number of stages 1 … stages: what is rebuilt of train
+    and of test, and the symbols of test (m, stages so far). Centres are fitted on train alone."""
+    left, sums = [train.clone(), test.clone()], [torch.zeros_like(train), torch.zeros_like(test)]
+    said = torch.empty(len(test), 0, dtype=torch.long)
+    for _ in range(stages):
+        centres = discretize.kmeans(left[0], vocab, iterations)
+        for i in range(2):
+            ids = torch.cdist(left[i], centres).argmin(1)
+            sums[i], left[i] = sums[i] + centres[ids], left[i] - centres[ids]
+        said = torch.cat([said, ids[:, None]], 1)               # the last of the two are test's
+        yield sums[0], sums[1], said
+
+
+def features(args, sets):
+    """Yields (name, train features, test features, symbols or None), the teacher first."""
+    teacher = model.build_teacher(args.teacher).to(args.device)
     train, test = (cls_features(teacher, s.images, args.image_size) for s in sets)
-    features = [("teacher", (train, test))]
+    yield "teacher", train, test, None
     if args.space:
         student = model.Student(teacher.width, None, None, 1, (1, 1), (1, 1), draft=False)
-        train_script.fit_teacher_statistics(teacher, student, None, sets[0], args)
+        train_script.fit_teacher_statistics(teacher, student.to(args.device), None, sets[0], args)
+        student.cpu()
         train, test = (student.space(x[:, None])[:, 0] + student.origin for x in (train, test))
-        features.append(("whitened", (train, test)))
+        yield "whitened", train, test, None
+    for n, pair in enumerate(residual_kmeans(train, test, args.vocab, args.length), 1):
+        if n & (n - 1) == 0:                                    # the student's prefixes
+            yield str(n), *pair
+
+
+def run(args):
+    start = time.time()
+    torch.manual_seed(args.seed)
+    sets = evaluate.load_splits(vars(args))
     labels = [s.labels for s in sets]
     pixels = [data.normalize(s.images, args.image_size).flatten(1) for s in sets]
-    rows = {"raw pixels, k-NN": evaluate.knn_accuracies(pixels[0], labels[0], pixels[1], labels[1])}
-    figures = {"pixels": {"knn_top1": sum(v[0] for v in rows["raw pixels, k-NN"].values()) / 4}}
-    stages = enumerate(residual_kmeans(train, test, args.vocab, args.length), 1)
-    for name, (a, b) in [*features, *((str(n), pair) for n, pair in stages if n & (n - 1) == 0)]:
-        row = evaluate.score(a, labels[0], b, labels[1])
-        figures[name] = {"knn_top1": row["knn"][0], "knn_top5": row["knn"][1],
-                         "linear_top1": row["linear"][0], "linear_top5": row["linear"][1]}
-    ceiling = figures["teacher"]["knn_top1"]
+    figures = {"pixels": percentages(pixels[0], labels[0], pixels[1], labels[1], linear=False)}
+    for name, a, b, said in features(args, sets):
+        figures[name] = percentages(a, labels[0], b, labels[1])
+        if said is not None:
+            figures[name]["perplexity"] = evaluate.code_figures(said, args.vocab)["perplexity"]
     for name, row in figures.items():
-        row["retention"] = row["knn_top1"] / ceiling
-        print(f"{name:8} " + "  ".join(f"{key} {value:.3f}" if key == "retention" else f"{key} {value:.2f}"
-                                       for key, value in row.items()))
+        row["retention"] = row["knn_top1"] / figures["teacher"]["knn_top1"]
+        print(f"{name:8}", *(f"{key} {value:.{3 if key == 'retention' else 2}f}"
+                             for key, value in row.items() if key != "perplexity"))
     if args.json:
-        args.json.write_text(json.dumps({"config": {k: str(v) for k, v in vars(args).items()}, **figures}, indent=1) + "\n")
+        facts = {"config": {k: str(v) for k, v in vars(args).items()},
+                 "machine": machine(args.device), "seconds": round(time.time() - start, 1)}
+        checkpoint.write(args.json, lambda part: part.write_text(
+            json.dumps(facts | figures, indent=1) + "\n"))
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(p)
+    p.add_argument("--vocab", type=int, default=128, help="K, symbols")
+    p.add_argument("--space", action="store_true",
+                   help="on the CLS as the student sees it, whitened within pictures")
+    p.add_argument("--json", type=Path, help="also write the figures there")
+    p.set_defaults(batch_size=64, regression=1.0)           # what train.py's fit of the space reads
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse()
+    try:
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
+        run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"extras.baselines: {error}") from None
 
 
 if __name__ == "__main__":

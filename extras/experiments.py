@@ -1,138 +1,250 @@
-"""The named experiments: run them, and turn results/ into the README's tables.
+"""The named experiments: run them, and draw tables and Figures 3 and 4 from results/.
 
     python -m extras.experiments list
-    python -m extras.experiments run shapes-softmax-128 shapes-vq-128 --seeds 0 1 2    # minutes each on a CPU
-    python -m extras.experiments table                       # Markdown, from the files in results/
+    python -m extras.experiments run shapes-softmax-128 shapes-vq-128 --seeds 0 1 2 --jobs 2
+    python -m extras.experiments run all --seeds 0 1 2      # hours on a CPU; stop and go on at will
     python -m extras.experiments table --readme --json rows.json
+    python -m extras.experiments figures                    # results/figure3.png, figure4.png
 
-`run` calls train.py with the experiment's flags and copies its config.json, metrics.jsonl and results.json to
-results/NAME-sSEED; what is there already is not run again, and a run that was interrupted is resumed. `table
---readme` writes the tables between the marks in README.md, `--json` one object per row.
+`run` starts each experiment's command as a process with its log in runs/NAME-sSEED.log, and copies
+config.json, metrics.jsonl and results.json to results/NAME-sSEED (k-means: one file of that name).
+What is there is not run again, and a run that was interrupted is resumed. One that fails stops no
+other. `table --readme` writes between the marks in README.md, `--json` one object per row.
 """
 import argparse
+import itertools
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-import checkpoint
-import train
+import visualize
+from checkpoint import write
 
 ROOT = Path(__file__).parent.parent
-RESULTS, README = ROOT / "results", ROOT / "README.md"
-START, END = "<!-- python -m extras.experiments table --readme -->", "<!-- end of table -->"
-DISCS = ("softmax", "gumbel", "vq")
+RESULTS, RUNS, README = ROOT / "results", ROOT / "runs", ROOT / "README.md"
+START = "<!-- python -m extras.experiments table --readme -->"
+END = "<!-- end of table -->"
 
-# Name -> flags of train.py. The ablations change one thing of shapes-softmax-128 each.
-EXPERIMENTS = {f"shapes-{disc}-{vocab}": f"--disc {disc} --vocab {vocab}" for vocab in (128, 256, 512) for disc in DISCS}
-# Photographs: all of CIFAR-10 as a folder cifar10/{train,test}/<class>/, or --data cifar10 with a network
-EXPERIMENTS |= {f"cifar10-{disc}-128": f"--data folder:cifar10 --teacher cifar10 --disc {disc}" for disc in DISCS}
-EXPERIMENTS |= {
-    "shapes-softmax-128-no-draft": "--no-draft",
-    "shapes-softmax-128-no-regression": "--no-draft --regression 0",
-    "shapes-softmax-128-no-balance": "--balance 0",
-    "shapes-softmax-128-ema": "--no-draft --regression 0 --prototype-source ema --centering centre --teacher-temp 0.07 "
-                              "--teacher-temp-start 0.04",
+# Photographs: all of CIFAR-10 as cifar10/{train,test}/<class>/, or --data cifar10 with a network
+DATA = {"shapes": "", "cifar10": "--data folder:cifar10 --teacher cifar10"}
+SIZES, STRATEGIES = (128, 256, 512), ("entropy", "info", "combined")
+BASE = {"softmax-128": "train.py --disc softmax --vocab 128"}
+DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"
+         for vocab in SIZES for disc in ("softmax", "gumbel", "vq")}
+EXPLORE = BASE | {f"softmax-128-{name}": f"train.py --explore {name}" for name in STRATEGIES}
+# Table -> name of a row -> its command. Explorations and ablations change one thing of BASE each.
+TABLES = {
+    "discretizer (Table 1)": DISCS
+    | {f"vqvae-{vocab}": f"-m extras.vqvae --overwrite --vocab {vocab}" for vocab in SIZES}
+    | {f"kmeans-{vocab}{tail}": f"-m extras.baselines --vocab {vocab}{space}" for vocab in SIZES
+       for tail, space in (("", ""), ("-space", " --space"))},
+    "vocabulary": {f"softmax-{vocab}": f"train.py --disc softmax --vocab {vocab}"
+                   for vocab in (512, 256, 128, 64, 32, 16)}
+    | {f"kmeans-{vocab}": f"-m extras.baselines --vocab {vocab}" for vocab in (64, 32, 16)},
+    "exploration (Table 2)": EXPLORE,
+    "ablation": BASE | {
+        "softmax-128-no-draft": "train.py --no-draft",
+        "softmax-128-no-regression": "train.py --no-draft --regression 0",
+        "softmax-128-no-balance": "train.py --balance 0",
+        "softmax-128-ema": "train.py --no-draft --regression 0 --prototype-source ema "
+                           "--centering centre --teacher-temp 0.07 --teacher-temp-start 0.04"},
 }
+EXPERIMENTS = {f"{data}-{name}": f"{command} {flags}".strip() for data, flags in DATA.items()
+               for recipes in TABLES.values() for name, command in recipes.items()}
+# The paper's: nine runs in three panels; the strategies, where it has a figure for each of them
+FIGURES = {3: (DISCS, ("teacher_entropy", "kl", "knn_top1")),
+           4: (EXPLORE, ("knn_top1", "loss", "teacher_entropy", "kl", "information",
+                         "symbol_entropy"))}
+MEASURED = ("knn_top1", "knn_top5", "linear_top1", "linear_top5", "retention", "perplexity")
 
 
-def start(name, seed):
-    """Runs one experiment, or goes on with it, and keeps its log in results/."""
-    out, kept = ROOT / "runs" / f"{name}-s{seed}", RESULTS / f"{name}-s{seed}"
-    if (kept / "results.json").exists():
-        return print(f"{kept.name}: done before")
-    flags = [*EXPERIMENTS[name].split(), "--seed", str(seed), "--out", str(out.relative_to(ROOT))]
-    args = train.parse(flags + (["--resume"] if checkpoint.exists(out / "ckpt.pt") else []))
-    train.run(args)
-    kept.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "metrics.jsonl", "results.json"):
-        shutil.copy(out / file, kept / file)
+def start(name, seed, threads):
+    """Runs one experiment, or goes on with it, and keeps its log. -> why it failed, or None."""
+    run, begun = f"{name}-s{seed}", time.time()
+    out, kept, log = RUNS / run, RESULTS / run, RUNS / f"{run}.log"
+    flat = "extras.baselines" in EXPERIMENTS[name]              # writes one file and no log
+    done = kept.with_suffix(".json") if flat else kept / "results.json"
+    if done.exists():
+        return print(f"{run}: done before")
+    where = os.path.relpath(done if flat else out, ROOT)        # relative: it ends in config.json
+    command = [sys.executable, *EXPERIMENTS[name].split(), "--seed", str(seed),
+               "--json" if flat else "--out", where, *["--resume"] * any(out.glob("ckpt*.pt"))]
+    try:
+        RUNS.mkdir(exist_ok=True)
+        with open(log, "w") as file:
+            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                  env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+        if code:
+            last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+            raise OSError(f"exit code {code}: {last} (log: {os.path.relpath(log, ROOT)})")
+        for file in () if flat else ("config.json", "metrics.jsonl", "results.json"):
+            kept.mkdir(parents=True, exist_ok=True)
+            write(kept / file, lambda part: shutil.copy(out / file, part))
+    except OSError as error:
+        print(f"{run}: failed", flush=True)
+        return f"{run}: {error}"
+    print(f"{run}: done in {(time.time() - begun) / 60:.1f} minutes", flush=True)
+
+
+def run(names, seeds, jobs):
+    """`jobs` experiments at a time, one seed of all first. Raises ValueError for failures."""
+    if unknown := set(names) - {"all", *EXPERIMENTS}:
+        raise ValueError(f"unknown experiment {', '.join(sorted(unknown))}; `list` names them")
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {jobs}")
+    names = dict.fromkeys(EXPERIMENTS if "all" in names else names)
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ThreadPoolExecutor(jobs) as pool:                      # an interruption cancels what waits
+        ends = pool.map(lambda job: start(*job, threads), [(n, s) for s in seeds for n in names])
+        failed = [why for why in ends if why]
+    if failed:
+        raise ValueError("\n".join([f"{len(failed)} failed; the same command goes on", *failed]))
+
+
+def recorded():
+    """Yields (run, config, seconds, name -> figures) for each folder, then each k-means file, of
+    results/. A name is a number of symbols, or what has none: teacher, whitened, pixels."""
+    for path in sorted(RESULTS.glob("*/results.json")):
+        config, results = (json.loads(path.with_name(f"{name}.json").read_text())
+                           for name in ("config", "results"))
+        log = path.with_name("metrics.jsonl").read_text().splitlines()
+        codes = {n: row | {"retention": results["retention"][n],
+                           "perplexity": results["perplexity"][:int(n)]}
+                 for n, row in results["student"].items()}
+        teacher = results["teacher"] | {"retention": 1.0}
+        yield path.parent.name, config, json.loads(log[-1])["seconds"], codes | {"teacher": teacher}
+    for path in sorted(RESULTS.glob("*-kmeans-*.json")):
+        figures = json.loads(path.read_text())
+        config = {"machine": figures.pop("machine", {}), "method": "residual-kmeans"}
+        yield path.stem, config | figures.pop("config"), figures.pop("seconds", None), figures
 
 
 def rows():
-    """One dictionary per run and number of symbols, and per baseline; teacher and pixels have None symbols.
-    perplexity: the smallest of the positions read."""
-    for path in sorted(RESULTS.glob("*/results.json")):
-        config, results = json.loads((path.parent / "config.json").read_text()), json.loads(path.read_text())
-        last = json.loads((path.parent / "metrics.jsonl").read_text().splitlines()[-1])
-        machine = config["machine"]
-        common = {"experiment": path.parent.name.rsplit("-s", 1)[0], "data": config["data"], "method": config["disc"],
-                  "explore": config["explore"], "vocab": config["vocab"], "seed": config["seed"],
-                  "hardware": machine["gpu"] or f"CPU, {machine['threads']} threads", "seconds": last["seconds"]}
-        for n, row in results["student"].items():
-            yield common | row | {"symbols": int(n), "retention": results["retention"][n],
-                                  "perplexity": min(results["perplexity"][:int(n)])}
-    for path in sorted(RESULTS.glob("baselines-*.json")):
-        file = json.loads(path.read_text())
-        common = {"experiment": path.stem, "data": file["config"]["data"], "explore": None, "seed": int(file["config"]["seed"]),
-                  "perplexity": None, "hardware": "CPU", "seconds": None}
-        for name, row in file.items():
-            if name != "config":
-                symbols = int(name) if name.isdigit() else None
-                yield common | row | {"method": name if symbols is None else "residual-kmeans", "symbols": symbols,
-                                      "vocab": symbols and int(file["config"]["vocab"])}
+    """A dictionary per run and number of symbols; what has no symbols once per data set, from the
+    first run. None: not measured. perplexity: the smallest of the positions read."""
+    seen = set()
+    for run, config, seconds, figures in recorded():
+        gpu, threads = (config["machine"].get(key) for key in ("gpu", "threads"))
+        for name, row in figures.items():
+            n = int(name) if name.isdigit() else None
+            method = config.get("method", config.get("disc")) if n else name
+            if n or (config["data"], name) not in seen:
+                yield dict.fromkeys(MEASURED) | row | {
+                    "experiment": re.sub(r"-s\d+$", "", run), "data": config["data"],
+                    # one stage of residual k-means is k-means
+                    "method": "kmeans" if n == 1 and method == "residual-kmeans" else method,
+                    "explore": config.get("explore") if n else None,
+                    "vocab": int(config["vocab"]) if n else None, "symbols": n,
+                    "seed": int(config["seed"]), "seconds": seconds if n else None,
+                    "hardware": gpu or (f"CPU, {threads} threads" if threads else "CPU"),
+                    "perplexity": min(row["perplexity"]) if row.get("perplexity") else None}
+            seen.add((config["data"], name))
 
 
 def spread(values, digits):
-    """Mean, and the deviation between seeds where there are several."""
+    """Mean, and the deviation between seeds where there are several; - where there is nothing."""
+    if not values:
+        return "-"
     x = torch.tensor(values, dtype=torch.float64)
     return f"{x.mean():.{digits}f}" + (f" ± {x.std():.{digits}f}" if len(x) > 1 else "")
 
 
+def line(mine):
+    """The rows of one experiment, all seeds -> its line: the retention of 1, 2, 4, 8 symbols, the
+    linear probe's top-1 with 8, the smallest perplexity of any position and seed."""
+    full = [r for r in mine if r["symbols"] == 8]
+    alive = [r["perplexity"] for r in full if r["perplexity"]]
+    cells = [spread([r["retention"] for r in mine if r["symbols"] == n], 3) for n in (1, 2, 4, 8)]
+    return "| " + " | ".join([
+        mine[0]["experiment"], str(len({r["seed"] for r in mine})), *cells,
+        spread([r["linear_top1"] for r in full], 1),
+        f"{min(alive):.0f} of {mine[0]['vocab']}" if alive else "-"]) + " |"
+
+
 def tables(every):
-    """Markdown: a block per data set; a line per experiment with the retention of 1, 2, 4, 8 symbols."""
+    """Markdown: for each data set what has no symbols, then those of TABLES that have a line which
+    no table before has, then runs in results/ that no table names."""
+    named = {name for recipes in TABLES.values() for name in recipes}
     for data in sorted({r["data"] for r in every}, reverse=True):
-        here = [r for r in every if r["data"] == data]
-        ceiling = {r["method"]: r for r in here if r["symbols"] is None}
-        facts = [f"{method} k-NN {row['knn_top1']:.1f}" + (f", linear {row['linear_top1']:.1f}" if "linear_top1" in row else "")
-                 for method, row in ceiling.items()]
+        found, facts, shown = {}, [], set()
+        for r in every:
+            if r["data"] == data and r["symbols"]:
+                found.setdefault(r["experiment"].partition("-")[2], []).append(r)
+            elif r["data"] == data:
+                probe = f", linear {r['linear_top1']:.1f}" if r["linear_top1"] else ""
+                facts.append(f"{r['method']} k-NN {r['knn_top1']:.1f}{probe}")
         yield f"**{data}** ({'; '.join(facts)})\n"
-        yield "| experiment | seeds | 1 symbol | 2 | 4 | 8 | linear, 8 | perplexity |\n|---|---|---|---|---|---|---|---|"
-        for name in dict.fromkeys(r["experiment"] for r in here):
-            mine = [r for r in here if r["experiment"] == name and r["symbols"]]
-            cells = [spread([r["retention"] for r in mine if r["symbols"] == n], 3) for n in (1, 2, 4, 8)]
-            full = [r for r in mine if r["symbols"] == 8]
-            alive = "-" if full[0]["perplexity"] is None else f"{min(r['perplexity'] for r in full):.0f} of {full[0]['vocab']}"
-            yield "| " + " | ".join([name.replace("baselines-", "residual k-means: "), str(len(full)), *cells,
-                                     spread([r["linear_top1"] for r in full], 1), alive]) + " |"
-        yield ""
+        for title, recipes in (TABLES | {"other": [n for n in found if n not in named]}).items():
+            mine = [name for name in recipes if name in found]
+            if set(mine) - shown:
+                yield (f"| {title} | seeds | 1 symbol | 2 | 4 | 8 | linear, 8 | perplexity |\n"
+                       "|---|---|---|---|---|---|---|---|")
+                yield from (line(found[name]) for name in mine)
+                yield ""
+            shown |= set(mine)
+
+
+def figures():
+    """Figures 3 and 4 of each data set, first seeds, where there are two runs to compare."""
+    for data, (number, (names, keys)) in itertools.product(DATA, FIGURES.items()):
+        logs = {f"{data}-{name}": sorted(RESULTS.glob(f"{data}-{name}-s[0-9]*/metrics.jsonl"))
+                for name in names}
+        runs = [found[0].parent for found in logs.values() if found]
+        path = RESULTS / f"figure{number}{'' if data == 'shapes' else '-' + data}.png"
+        print(visualize.curves(runs, path, keys).name if len(runs) > 1 else f"no {path.name}",
+              *(f"\n  not run yet: {name}" for name, found in logs.items() if not found))
+
+
+def table(readme, path):
+    every = list(rows())
+    text = "\n".join(tables(every))
+    if readme:
+        before, rest = README.read_text().split(START)
+        whole = f"{before}{START}\n\n{text}\n{END}{rest.split(END)[1]}"
+        write(README, lambda part: part.write_text(whole))
+    else:
+        print(text)
+    if path:
+        write(path, lambda part: part.write_text(json.dumps(every, indent=1) + "\n"))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names and flags")
-    p = commands.add_parser("run", help="run experiments, one after the other")
+    commands.add_parser("list", help="names and commands")
+    p = commands.add_parser("run", help="run experiments")
     p.add_argument("names", nargs="+", help="as `list` prints them, or all")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="each once per seed")
+    p.add_argument("--jobs", type=int, default=1,
+                   help="processes side by side, sharing the CPU's threads; raise on many cores, "
+                   "or on a GPU that one run does not fill")
     p = commands.add_parser("table", help="results/ as Markdown")
-    p.add_argument("--readme", action="store_true", help="write it into README.md instead of printing it")
+    p.add_argument("--readme", action="store_true", help="into README.md instead of printing it")
     p.add_argument("--json", type=Path, help="also write the rows there")
+    commands.add_parser("figures", help="Figures 3 and 4 from the logs in results/")
     args = parser.parse_args()
     try:
         if args.command == "list":
-            for name, flags in EXPERIMENTS.items():
-                print(f"{name:36} python train.py {flags}")
+            for name, command in EXPERIMENTS.items():
+                print(f"{name:36} python {command}")
         elif args.command == "run":
-            unknown = set(args.names) - {"all", *EXPERIMENTS}
-            if unknown:
-                raise ValueError(f"unknown experiment {', '.join(sorted(unknown))}; `list` names them")
-            for name in EXPERIMENTS if "all" in args.names else args.names:
-                for seed in args.seeds:
-                    start(name, seed)
+            run(args.names, args.seeds, args.jobs)
+        elif args.command == "table":
+            table(args.readme, args.json)
         else:
-            every = list(rows())
-            text = "\n".join(tables(every))
-            if args.readme:
-                before, rest = README.read_text().split(START)
-                page = f"{before}{START}\n\n{text}\n{END}{rest.split(END)[1]}"
-                checkpoint.write(README, lambda part: part.write_text(page))
-            else:
-                print(text)
-            if args.json:
-                args.json.write_text(json.dumps(every, indent=1) + "\n")
-    except (ValueError, OSError, FloatingPointError) as error:
+            figures()
+    except KeyboardInterrupt:
+        raise SystemExit("extras.experiments: interrupted; the same command goes on") from None
+    except (ValueError, OSError) as error:
         raise SystemExit(f"extras.experiments: {error}") from None
 
 

@@ -17,9 +17,11 @@ import model
 
 @torch.no_grad()
 def cls_features(teacher, images, size, batch_size=250):
-    """The teacher's CLS of uint8 pictures (n, 3, H, W): (n, d)."""
-    with evaluate.autocast(torch.device("cpu")):
-        return torch.cat([teacher(data.normalize(x, size))[:, 0].float() for x in images.split(batch_size)])
+    """The CLS of uint8 pictures (n, 3, H, W), made on the teacher's device: (n, d) on the CPU."""
+    device = next(teacher.parameters()).device
+    with evaluate.autocast(device):
+        return torch.cat([teacher(data.normalize(x.to(device), size))[:, 0].float().cpu()
+                          for x in images.split(batch_size)])
 
 
 def main():

@@ -9,7 +9,7 @@ import torch
 
 import discretize
 import train
-from extras import experiments
+from extras import baselines, experiments, vqvae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,7 +52,11 @@ def test_a_row_by_hand():
     assert cells[6].strip() == f"{statistics.mean(kept):.3f}" + (f" ± {statistics.stdev(kept):.3f}" if len(kept) > 1 else "")
 
 
-def test_every_experiment_is_a_command_that_train_accepts_and_no_two_are_the_same():
-    runs = [train.parse(flags.split()) for flags in experiments.EXPERIMENTS.values()]
-    assert all(train.check(args) is None for args in runs)
-    assert len({json.dumps(train.config_of(args)) for args in runs}) == len(runs)
+def test_every_experiment_is_a_command_that_is_accepted_and_no_two_are_the_same():
+    commands = [command.split(" ", 2) for command in experiments.EXPERIMENTS.values()]
+    parsers = {"extras.vqvae": vqvae.parse, "extras.baselines": baselines.parse}
+    others = [(c[1], parsers[c[1]](c[2].split())) for c in commands if c[0] == "-m"]
+    runs = [("train.py", train.parse(" ".join(c[1:]).split())) for c in commands if c[0] == "train.py"]
+    assert all(train.check(args) is None for _, args in runs)
+    settings = {script + json.dumps(train.config_of(args)) for script, args in runs + others}
+    assert len(settings) == len(commands) == len(runs + others)
