@@ -115,7 +115,7 @@ def plain_interpret(student, embeddings, drafts):
     return torch.stack(z_s, 1)
 
 
-def plain_augment(augment, images, views, size):
+def plain_augment(augment, images, views, size, part=False):
     """data.Augment by PIL, a picture at a time, as DINO's own code does it:
     (B, 3, H, W) uint8 -> (V, B, 3, size, size), normalised."""
     sigma = functools.partial(random.uniform, 0.1, 2)
