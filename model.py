@@ -288,10 +288,14 @@ class Look(Attention):
     T questions cost less than N+1 keys, and backward makes nothing of the tokens' size. The keys'
     bias adds the same to all scores of a question, which softmax takes away again."""
 
-    def forward(self, x, tokens, mark):
+    def carriers(self):
+        """W_k and W_v, (heads, c, d) each, cast once for all T questions."""
+        return lowered(self.to_kv.weight).unflatten(0, (2, self.heads, -1)).unbind()
+
+    def forward(self, x, carriers, tokens, mark):
         """x (B, 1, d) asks tokens (B, N+1, d), the first of them seen as tokens[:, 0] + mark (d,).
         Returns what is seen, (B, 1, d), and the weights (B, heads, N+1), whose rows sum to 1."""
-        to_k, to_v = self.to_kv.weight.unflatten(0, (2, self.heads, -1))        # (heads, c, d) each
+        to_k, to_v = carriers
         q = self.split(self.to_q(x))[:, :, 0] * to_k.shape[1] ** -0.5           # (B, heads, c)
         asked = torch.einsum("bhc,hcd->bhd", q, to_k)
         of_mark = torch.einsum("bhd,d->bh", asked, mark)[..., None]     # for the first score
@@ -385,7 +389,8 @@ class Descriptor(nn.Module):
         """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the
         next input, in training and in evaluation alike (our choice: no teacher forcing exists here)."""
         cls, read, drafts = tokens[:, 0], torch.zeros_like(tokens[:, 0]), []
-        context = lowered(tokens), lowered(self.cls_mark)
+        seen = lowered(tokens), lowered(self.cls_mark)
+        contexts = [(block.cross.carriers(), *seen) for block in self.blocks]
         pasts, said, looked = [None] * len(self.blocks), [], []
         embedding = self.start.expand(len(tokens), -1, -1)                      # (B, 1, d)
         for t in range(self.length):
@@ -393,7 +398,7 @@ class Descriptor(nn.Module):
             if draft is not None:
                 x = x + draft.left(cls, read, t)[:, None]
             for i, block in enumerate(self.blocks):
-                x, pasts[i], weights = block(x, context, pasts[i])
+                x, pasts[i], weights = block(x, contexts[i], pasts[i])
             looked.append(weights.float().mean(1) if attention else None)   # of the deepest layer
             said.append(disc(self.norms[t](x[:, 0].float()), hard))
             embedding = said[-1].embedding[:, None]

@@ -1,7 +1,7 @@
 """How fast a training step is, where its time goes, and what the code gains over the plain way.
 
     python -m extras.benchmark --size small --json small.json  # train.py's defaults
-    python -m extras.benchmark --size paper --steps 2        # ViT-B/16, 224 px; on a CPU 4 pictures
+    python -m extras.benchmark --size paper --steps 2          # ViT-B/16, 224 px; 4 pictures
     python -m extras.benchmark --size small --growth           # by batch, length, vocabulary, views
 
 Pictures are random, and weights where the size has none at hand: that does not change the time. The
@@ -35,6 +35,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode, to_pil_image
 
 import data
+import evaluate
 import losses
 import model
 import train
@@ -208,9 +209,10 @@ def time_parts(trainer, images, steps, clock):
 
 
 def product_seconds(device, clock):
-    """(seconds, FLOPs) of one large square bf16 product: what the machine can do at best."""
+    """(seconds, FLOPs) of one large square product in autocast's precision: the machine at best."""
     side = 8192 if clock.cuda else 2048
-    a = torch.randn(side, side, device=device).bfloat16()
+    dtype = evaluate.autocast(torch.device(device)).fast_dtype
+    a = torch.randn(side, side, device=device).to(dtype)
     a @ a                                                                       # wakes the library
     return clock.time(torch.matmul, a, a), 2 * side**3
 
@@ -246,12 +248,11 @@ def build(args):
 
 def compare(trainer, images, steps, clock):
     """A step, a plain step, a large product, in turns: medians, FLOPs, memory, as in the JSON."""
-    flops, times, plain_times, rates = count_flops(trainer.step, images, 0), [], [], []
-    trainer.step(images, 0)
+    flops, times, plain_times, rates = count_flops(trainer.step, images, 0), [], [], []  # warms up
     memory = peak_memory_mb(trainer.args.device)                        # before the plain version's
     plain = plain_parts(trainer)
     with under(plain):
-        trainer.step(images, 0)                                              # the first one is slow
+        trainer.step(images, 0)
     for _ in range(steps):
         times.append(clock.time(trainer.step, images, 0))
         with under(plain):

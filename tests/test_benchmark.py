@@ -84,7 +84,6 @@ def test_plain_views_of_a_recipe_without_chance():
     assert torch.allclose(views, expected.expand_as(views), atol=1e-5)
 
 
-@torch.no_grad()
 def test_flops_by_hand(tiny_trainer):
     trainer = tiny_trainer("--prototypes", "16")
     d, heads, tokens, length, vocab, student = 64, 4, 5, 8, 8, trainer.student
