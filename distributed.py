@@ -56,10 +56,10 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def check_batch(size):
-    if size % world():
-        raise ValueError(f"--batch-size {size} is for all processes together: make it a multiple of "
-                         f"their number, {world()}")
+def check_batch(size, accumulate=1):
+    if size % (world() * accumulate):
+        raise ValueError(f"--batch-size {size} is for the whole step: make it a multiple of {world()} "
+                         f"(processes) x {accumulate} (--accumulate)")
 
 
 def talk(collective, *args, **kwargs):
