@@ -53,9 +53,9 @@ def parse(argv=None):
     add("--image-size", type=int, default=32, help="pixels; what the teacher was trained on, or a multiple of its patch")
     add("--views", type=int, default=4, help="V, augmented views per picture; 1 trains on same-view pairs only")
     add("--cache-views", type=int, default=0,
-        help="keep the teacher's tokens of so many views of each picture in memory (bf16), draw --views "
-             "of them per step and run the teacher no more: for large teachers, few pictures, many "
-             "epochs; 0: new views in every step")
+        help="keep the teacher's tokens of so many views of each picture in memory (bf16), draw "
+             "--views of them per step and run the teacher no more: for large teachers, few "
+             "pictures, many epochs; 0: new views in every step")
     add("--batch-size", type=int, default=64,
         help="B, pictures per step, of all processes together; the teacher sees B * V views")
     add("--accumulate", type=int, default=1,
@@ -121,9 +121,9 @@ def parse(argv=None):
 
 def check(args):
     """Flags that would fail later, or silently do nothing. Raises ValueError."""
-    for name in ("train_images", "test_images", "image_size", "views", "batch_size", "accumulate", "epochs", "descriptor_depth",
-                 "descriptor_heads", "interpreter_depth", "interpreter_heads", "prototypes", "hidden", "bottleneck",
-                 "student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip"):
+    for name in ("train_images", "test_images", "image_size", "views", "batch_size", "epochs", "accumulate",
+                 "descriptor_depth", "descriptor_heads", "interpreter_depth", "interpreter_heads",
+                 "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip"):
         value = getattr(args, name)
         if value is not None and value <= 0:                                    # None: all images
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
@@ -133,7 +133,7 @@ def check(args):
         raise ValueError("--draft learns to read by --regression; set it above 0, or add --no-draft")
     distributed.check_batch(args.batch_size, args.accumulate)
     if args.cache_views and args.cache_views < args.views:
-        raise ValueError(f"--cache-views {args.cache_views}, of which each step is to use --views {args.views}")
+        raise ValueError(f"--cache-views {args.cache_views} are too few for --views {args.views}")
     try:
         torch.empty(0, device=args.device)
     except Exception as error:                      # no driver, no such GPU, no such word: each another kind
@@ -182,17 +182,19 @@ def free_memory():
 
 @torch.no_grad()
 def cache_views(teacher, images, args):
-    """Tokens of --cache-views views of uint8 pictures (n, 3, H, W): (n, C, N+1, d) bf16, in main memory.
-    Drawn from the seed alone: a resumed run has the same. Raises ValueError where they do not fit."""
+    """Tokens of --cache-views views of uint8 pictures (n, 3, H, W): (n, C, N+1, d) bf16 in main
+    memory. Drawn from the seed alone: a resumed run has the same. Raises ValueError: too many."""
     n, size, device = args.cache_views, args.image_size, torch.device(args.device)
     shape = len(images), n, 1 + (size // teacher.patch) ** 2, teacher.width
-    need, free = 2 * math.prod(shape) * distributed.world(), free_memory()      # 2 bytes to a number
+    need, free = 2 * math.prod(shape) * distributed.world(), free_memory()  # 2 bytes to a number
     if need > 0.9 * free:
-        raise ValueError(f"--cache-views {n} takes {need / 1e9:.3g} GB of memory, and {free / 1e9:.3g} "
-                         "are free; fewer views or --train-images, or 0 to run the teacher in every step")
-    print(f"keeping the teacher's tokens of {n} views of each picture: {need / 1e9:.3g} GB", flush=True)
+        raise ValueError(f"--cache-views {n} takes {need / 1e9:.3g} GB of memory, and "
+                         f"{free / 1e9:.3g} are free; fewer views or --train-images, or 0 to run "
+                         "the teacher in every step")
+    print(f"keeping the teacher's tokens of {n} views a picture: {need / 1e9:.3g} GB", flush=True)
     cache, augment = torch.empty(shape, dtype=torch.bfloat16), data.augmentation(args.data, size)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluate.autocast(device):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), evaluate.autocast(device):
         torch.manual_seed(args.seed)
         for kept, x in zip(cache.split(args.batch_size), images.split(args.batch_size)):
             views = augment(x.to(device), n, size).flatten(0, 1)                # (C*b, 3, S, S)
@@ -201,15 +203,16 @@ def cache_views(teacher, images, args):
 
 
 def see(teacher, images, args):
-    """z_t (V*B, N+1, d) in V new views of uint8 pictures (B, 3, H, W), or from (B, V, N+1, d) of the cache."""
+    """z_t (V*B, N+1, d) of V new views of uint8 pictures (B, 3, H, W); or (B, V, N+1, d) of the
+    cache, put in that order."""
     if images.dtype == torch.bfloat16:
         return images.transpose(0, 1).flatten(0, 1).float()
-    views = data.augmentation(args.data, args.image_size)(images, args.views, args.image_size, True)
-    return teacher(views.flatten(0, 1))                                         # (V, B, 3, S, S) before
+    augment = data.augmentation(args.data, args.image_size)
+    return teacher(augment(images, args.views, args.image_size, True).flatten(0, 1))
 
 
 def forward(teacher, student, head, softmax, images, temperature, args):
-    """The step at the top of this file: pictures, or tokens of them as in `see` -> loss and what the log wants."""
+    """The step at the top of this file: what `see` takes -> loss and what the log wants."""
     v, b = args.views, len(images)
     with torch.no_grad():
         tokens = see(teacher, images, args)                                     # z_t (V*B, N+1, d)
@@ -283,7 +286,7 @@ class Trainer:
                                     min(30, args.epochs) * self.steps_per_epoch)
 
     def fetch(self, batch):
-        """Indices of pictures (B,) -> this process's pictures, or of each --views from the cache: see `see`."""
+        """Indices of pictures (B,) -> what `see` takes, for this process's part of them."""
         mine = distributed.mine(batch)
         if self.cache is None:
             return self.images[mine].to(self.args.device, non_blocking=True)
@@ -297,7 +300,8 @@ class Trainer:
         self.optimizer.zero_grad()
         for part in images.chunk(args.accumulate):
             with evaluate.autocast(torch.device(args.device)):
-                loss, log = forward(self.teacher, self.student, self.head, self.softmax, part, temperature, args)
+                loss, log = forward(self.teacher, self.student, self.head, self.softmax, part,
+                                    temperature, args)
             self.scaler.scale(loss / args.accumulate).backward()
             logs.append(torch.stack(list(log.values())))
         distributed.average_gradients(self.student)
@@ -420,7 +424,7 @@ def first_files(args, out, trainer, fresh):
 
 
 def start(args, out, state):
-    """What comes before step 1: (Trainer, Keeper, held-out pictures), and the first files in `out`."""
+    """What comes before step 1: (Trainer, Keeper, held-out pictures), and first files in `out`."""
     torch.manual_seed(args.seed)
     with distributed.one_first():                           # it may download
         teacher = model.build_teacher(args.teacher, args.random_teacher).to(args.device)

@@ -116,7 +116,8 @@ def test_accumulated_gradients_are_the_batch_s(tiny_trainer, monkeypatch):
     monkeypatch.setattr(train, "forward", forward)
     log = trainer.step(trainer.images[:16], 0)
     whole = trainer.images[:16].float().mean()
-    assert [len(part) for part in seen] == [4] * 4 and torch.equal(torch.cat(seen), trainer.images[:16])
+    assert [len(part) for part in seen] == [4] * 4
+    assert torch.equal(torch.cat(seen), trainer.images[:16])
     assert torch.allclose(trainer.student.descriptor.start.grad, whole.expand(1, 1, 64))
     assert torch.allclose(log["mean"], whole) and log.keys() == {"loss", "mean"}
 
@@ -133,7 +134,8 @@ def test_cached_views_are_the_teacher_s_and_spare_it(tiny_trainer, monkeypatch):
         **vars(before.args) | {"cache_views": 3}))
     assert torch.equal(torch.get_rng_state(), random) and cache.shape == (32, 3, 5, 64)
     expected = before.teacher(before.images[7:8].flip(-2).float() / 255 / 4)[0]
-    assert (cache[7, 2].float() - expected).abs().max() < 0.05 < 0.2 < (cache[7, 1] - cache[7, 2]).abs().max()
+    far = lambda tokens: (tokens.float() - expected).abs().max()        # noqa: E731
+    assert far(cache[7, 2]) < 0.05 < 0.2 < far(cache[7, 1])
 
     trainer = tiny_trainer("--cache-views", "3", "--views", "2")
 
@@ -143,9 +145,11 @@ def test_cached_views_are_the_teacher_s_and_spare_it(tiny_trainer, monkeypatch):
     batch = torch.tensor([5, 0, 31])
     tokens = trainer.fetch(batch)                                       # (3, 2, 5, 64)
     for row, picture in zip(tokens, batch):
-        which = [(trainer.cache[picture] == view).flatten(1).all(1).nonzero().item() for view in row]
-        assert len(set(which)) == 2
-    assert torch.equal(train.see(None, tokens, trainer.args)[3 + 1], tokens[1, 1].float())  # view 1 of 0
+        of_it = trainer.cache[picture]                                  # (3, 5, 64)
+        found = [(of_it == view).flatten(1).all(1).nonzero().item() for view in row]
+        assert len(set(found)) == 2
+    second_view_of_0 = train.see(None, tokens, trainer.args)[3 + 1]     # (V*B, N+1, d)
+    assert torch.equal(second_view_of_0, tokens[1, 1].float())
     assert trainer.step(trainer.fetch(torch.arange(16)), 0)["loss"].isfinite()
 
 

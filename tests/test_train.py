@@ -152,7 +152,8 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, flags, words):
 
 
 def test_a_cache_that_does_not_fit_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(train, "free_memory", lambda: 1e5)  # 76 pictures x 3 views x 5 tokens x 128 bytes
+    monkeypatch.setattr(train, "free_memory", lambda: 1e5)
+    # 76 pictures x 3 views x 5 tokens x 64 numbers x 2 bytes
     message = refusal(monkeypatch, tiny("--cache-views", "3"))
     assert "takes 0.000146 GB of memory, and 0.0001 are free" in message
 
