@@ -109,8 +109,9 @@ class Gumbel(Softmax):
 
     def weigh(self, logits):
         if self.training:
-            everyones = logits.new_empty(distributed.world() * len(logits), self.vocab).exponential_()
-            return ((logits - distributed.mine(everyones).log()) / self.tau).softmax(-1)
+            shape = distributed.world() * len(logits), self.vocab        # everyone's noise: -log E
+            noise = -distributed.mine(logits.new_empty(shape).exponential_()).log()
+            return ((logits + noise) / self.tau).softmax(-1)
         return (logits / self.tau).softmax(-1)
 
 

@@ -4,14 +4,14 @@
     torchrun --nproc_per_node 2 train.py --device cpu               # gloo instead of NCCL
     torchrun --nproc_per_node 2 -m extras.pretrain --resume         # whatever number began it
 
-Each process holds all pictures and the whole student, takes its part of every batch and averages the
-gradients. What is about the batch as a whole (BatchNorm, the entropy of the mean prediction, centre,
-Sinkhorn, codebook) is computed over all parts. All draw the random numbers of the whole batch from
-one seed and use their part of them (`mine`): one random state is everybody's, so one checkpoint is,
-and another number of processes changes the rounding and nothing else.
+Each process holds all pictures and the whole student, takes its part of every batch and averages
+the gradients. What is about the batch as a whole (BatchNorm, the entropy of the mean prediction,
+centre, Sinkhorn, codebook) is computed over all parts. All draw the random numbers of the whole
+batch from one seed and use their part of them (`mine`): one random state is everybody's, so one
+checkpoint is, and views do not depend on the number of processes.
 
-Not DistributedDataParallel: it overlaps sending with the backward pass, but wants a single forward()
-and no gradient to be missing. Here all gradients are averaged at once, after the backward pass.
+Not DistributedDataParallel: it overlaps sending with the backward pass, but wants one forward() and
+no gradient missing. Here all gradients are averaged at once, after the backward pass.
 Without torchrun every function returns what it was given.
 """
 import contextlib
@@ -22,7 +22,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# When a process that lives does not answer; one that has died is noticed at once, by its connection.
+# For a process that lives and does not answer; one that has died is noticed by its connection.
 TIMEOUT = timedelta(seconds=60)
 patient = None                          # a group for what may take long: downloads, slow disks
 
@@ -56,10 +56,10 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def check_batch(size):
-    if size % world():
-        raise ValueError(f"--batch-size {size} is for all processes together: make it a multiple of "
-                         f"their number, {world()}")
+def check_batch(size, accumulate=1):
+    if size % (world() * accumulate):
+        raise ValueError(f"--batch-size {size} is for the whole step: make it a multiple of "
+                         f"{world()} (processes) x {accumulate} (--accumulate)")
 
 
 def talk(collective, *args, **kwargs):

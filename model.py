@@ -353,7 +353,8 @@ class Draft(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(length, width, width) * 0.1 / width**0.5)    # W_i, transposed
         # what is left shrinks from symbol to symbol; BatchNorm brings it back to size
-        self.norms = nn.ModuleList(distributed.BatchNorm(width, affine=False) for _ in range(length))
+        self.norms = nn.ModuleList(
+            distributed.BatchNorm(width, affine=False) for _ in range(length))
         self.show = nn.Linear(width, width)
         nn.init.eye_(self.show.weight)
 
@@ -383,7 +384,8 @@ class Descriptor(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
         # BatchNorm, one per position, and not LayerNorm (our choice): it takes away what all pictures have
         # in common, which otherwise decides the symbol, the same for every picture and every position.
-        self.norms = nn.ModuleList(distributed.BatchNorm(width, affine=False) for _ in range(length))
+        self.norms = nn.ModuleList(
+            distributed.BatchNorm(width, affine=False) for _ in range(length))
 
     def forward(self, tokens, disc, draft=None, hard=False, attention=False):
         """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the

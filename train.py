@@ -52,8 +52,15 @@ def parse(argv=None):
     add("--test-images", type=data.image_count, default=5000, help="or all; for the evaluation at the end only")
     add("--image-size", type=int, default=32, help="pixels; what the teacher was trained on, or a multiple of its patch")
     add("--views", type=int, default=4, help="V, augmented views per picture; 1 trains on same-view pairs only")
+    add("--cache-views", type=int, default=0,
+        help="keep the teacher's tokens of so many views of each picture in memory (bf16), draw "
+             "--views of them per step and run the teacher no more: for large teachers, few "
+             "pictures, many epochs; 0: new views in every step")
     add("--batch-size", type=int, default=64,
         help="B, pictures per step, of all processes together; the teacher sees B * V views")
+    add("--accumulate", type=int, default=1,
+        help="parts that a step's batch goes through one by one, when memory is short. BatchNorm, "
+             "--balance, centre and Sinkhorn then see a part, not the batch")
     add = p.add_argument_group("networks").add_argument
     add("--teacher", default="shapes", help=f"{', '.join(model.HUB)}, a name in weights/, or a file")
     add("--random-teacher", action="store_true", help="an untrained dino_* teacher, to try sizes without a network")
@@ -114,9 +121,9 @@ def parse(argv=None):
 
 def check(args):
     """Flags that would fail later, or silently do nothing. Raises ValueError."""
-    for name in ("train_images", "test_images", "image_size", "views", "batch_size", "epochs", "descriptor_depth",
-                 "descriptor_heads", "interpreter_depth", "interpreter_heads", "prototypes", "hidden", "bottleneck",
-                 "student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip"):
+    for name in ("train_images", "test_images", "image_size", "views", "batch_size", "epochs", "accumulate",
+                 "descriptor_depth", "descriptor_heads", "interpreter_depth", "interpreter_heads",
+                 "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip"):
         value = getattr(args, name)
         if value is not None and value <= 0:                                    # None: all images
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
@@ -124,7 +131,9 @@ def check(args):
         raise ValueError(f"--save-minutes must not be below 0, and is {args.save_minutes}")
     if args.draft and not args.regression:
         raise ValueError("--draft learns to read by --regression; set it above 0, or add --no-draft")
-    distributed.check_batch(args.batch_size)
+    distributed.check_batch(args.batch_size, args.accumulate)
+    if args.cache_views and args.cache_views < args.views:
+        raise ValueError(f"--cache-views {args.cache_views} are too few for --views {args.views}")
     try:
         torch.empty(0, device=args.device)
     except Exception as error:                      # no driver, no such GPU, no such word: each another kind
@@ -162,12 +171,51 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
         head.fit(torch.cat([student.space(cls)[:, 0] for cls in plain]))
 
 
+def free_memory():
+    """Bytes that a process can still have; infinity where the system does not say (not Linux)."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except OSError:
+        return math.inf
+
+
+@torch.no_grad()
+def cache_views(teacher, images, args):
+    """Tokens of --cache-views views of uint8 pictures (n, 3, H, W): (n, C, N+1, d) bf16 in main
+    memory. Drawn from the seed alone: a resumed run has the same. Raises ValueError: too many."""
+    n, size, device = args.cache_views, args.image_size, torch.device(args.device)
+    shape = len(images), n, 1 + (size // teacher.patch) ** 2, teacher.width
+    need, free = 2 * math.prod(shape) * distributed.world(), free_memory()  # 2 bytes to a number
+    if need > 0.9 * free:
+        raise ValueError(f"--cache-views {n} takes {need / 1e9:.3g} GB of memory, and "
+                         f"{free / 1e9:.3g} are free; fewer views or --train-images, or 0 to run "
+                         "the teacher in every step")
+    print(f"keeping the teacher's tokens of {n} views a picture: {need / 1e9:.3g} GB", flush=True)
+    cache, augment = torch.empty(shape, dtype=torch.bfloat16), data.augmentation(args.data, size)
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), evaluate.autocast(device):
+        torch.manual_seed(args.seed)
+        for kept, x in zip(cache.split(args.batch_size), images.split(args.batch_size)):
+            views = augment(x.to(device), n, size).flatten(0, 1)                # (C*b, 3, S, S)
+            kept.copy_(teacher(views).unflatten(0, (n, -1)).transpose(0, 1))    # (b, C, N+1, d)
+    return cache
+
+
+def see(teacher, images, args):
+    """z_t (V*B, N+1, d) of V new views of uint8 pictures (B, 3, H, W); or (B, V, N+1, d) of the
+    cache, put in that order."""
+    if images.dtype == torch.bfloat16:
+        return images.transpose(0, 1).flatten(0, 1).float()
+    augment = data.augmentation(args.data, args.image_size)
+    return teacher(augment(images, args.views, args.image_size, True).flatten(0, 1))
+
+
 def forward(teacher, student, head, softmax, images, temperature, args):
-    """The step at the top of this file: uint8 pictures (B, 3, H, W) -> loss and what the log wants."""
+    """The step at the top of this file: what `see` takes -> loss and what the log wants."""
     v, b = args.views, len(images)
-    views = data.augmentation(args.data, args.image_size)(images, v, args.image_size, True) # (V, B, 3, S, S)
     with torch.no_grad():
-        tokens = teacher(views.flatten(0, 1))                                   # z_t (V*B, N+1, d)
+        tokens = see(teacher, images, args)                                     # z_t (V*B, N+1, d)
         y = student.space(tokens[:, :1])[:, 0]                                  # its CLS, in the student's space
         p_t = softmax(head(y).unflatten(0, (v, b)), temperature)                # (V, B, P)
     said = student.describe(tokens)                                             # T symbols each
@@ -197,6 +245,7 @@ class Trainer:
 
     def __init__(self, args, teacher, student, head, images):
         self.args, self.teacher, self.student, self.head, self.images = args, teacher, student, head, images
+        self.cache = cache_views(teacher, images, args) if args.cache_views else None
         self.softmax = losses.TeacherSoftmax(args.prototypes, args.centering).to(args.device)
         self.optimizer = torch.optim.AdamW(losses.parameter_groups(student), lr=args.lr, fused=True)
         half = evaluate.autocast(torch.device(args.device)).fast_dtype == torch.float16
@@ -236,14 +285,25 @@ class Trainer:
         return losses.warmup_linear(args.teacher_temp_start, args.teacher_temp, step,
                                     min(30, args.epochs) * self.steps_per_epoch)
 
+    def fetch(self, batch):
+        """Indices of pictures (B,) -> what `see` takes, for this process's part of them."""
+        mine = distributed.mine(batch)
+        if self.cache is None:
+            return self.images[mine].to(self.args.device, non_blocking=True)
+        views = torch.rand(len(batch), self.args.cache_views).argsort(1)[:, :self.args.views]
+        return self.cache[mine[:, None], distributed.mine(views)].to(self.args.device)
+
     def step(self, images, step):
-        """One optimiser step on uint8 pictures (B, 3, H, W); returns the figures to log."""
-        args = self.args
+        """One optimiser step on what `fetch` gave; returns the figures to log."""
+        args, logs = self.args, []
         temperature = self.schedule(step)
-        with evaluate.autocast(torch.device(args.device)):
-            loss, log = forward(self.teacher, self.student, self.head, self.softmax, images, temperature, args)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        for part in images.chunk(args.accumulate):
+            with evaluate.autocast(torch.device(args.device)):
+                loss, log = forward(self.teacher, self.student, self.head, self.softmax, part,
+                                    temperature, args)
+            self.scaler.scale(loss / args.accumulate).backward()
+            logs.append(torch.stack(list(log.values())))
         distributed.average_gradients(self.student)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), args.clip)
@@ -255,7 +315,7 @@ class Trainer:
         if args.prototype_source == "ema":
             steps = args.epochs * self.steps_per_epoch
             losses.ema_update(self.head, self.student.projector, losses.cosine(args.ema, 1.0, step / steps))
-        return dict(zip(log, distributed.mean(torch.stack(list(log.values())))))
+        return dict(zip(log, distributed.mean(torch.stack(logs).mean(0))))
 
     def train_epoch(self, keeper=None):
         """What is left of a pass over the pictures, in an order that depends on seed and epoch
@@ -265,8 +325,7 @@ class Trainer:
         self.student.train()
         while self.at < steps:
             batch = order[self.at * args.batch_size:(self.at + 1) * args.batch_size]
-            images = self.images[distributed.mine(batch)].to(args.device, non_blocking=True)
-            log = self.step(images, self.epoch * steps + self.at)
+            log = self.step(self.fetch(batch), self.epoch * steps + self.at)
             self.sums = {name: self.sums.get(name, 0) + value for name, value in log.items()}
             self.at, self.spent = self.at + 1, time.time() - start
             save = keeper and self.at < steps and keeper.due()  # the last: with its line of log
@@ -365,7 +424,7 @@ def first_files(args, out, trainer, fresh):
 
 
 def start(args, out, state):
-    """What comes before step 1: (Trainer, Keeper, held-out pictures), and the first files in `out`."""
+    """What comes before step 1: (Trainer, Keeper, held-out pictures), and first files in `out`."""
     torch.manual_seed(args.seed)
     with distributed.one_first():                           # it may download
         teacher = model.build_teacher(args.teacher, args.random_teacher).to(args.device)

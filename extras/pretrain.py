@@ -213,15 +213,17 @@ def train(trainer, held_out, keeper):
         if not distributed.rank():
             if report:
                 log_step(trainer, loss, entropy, held_out)
-            checkpoint.write(args.out / "teacher.pt", lambda part: torch.save(trainer.weights(), part))
+            weights = trainer.weights()
+            checkpoint.write(args.out / "teacher.pt", lambda part: torch.save(weights, part))
         keeper.save(trainer.state())
 
 
 def log_step(trainer, loss, entropy, held_out):
     """Prints and writes a line of the log, with k-NN where the pictures have labels."""
     args = trainer.args
-    record = {"step": trainer.step, "epoch": round(trainer.step / trainer.steps_per_epoch, 3), "loss": loss,
-              "teacher_entropy": entropy, "teacher_entropy_max": math.log(args.prototypes),
+    record = {"step": trainer.step, "epoch": round(trainer.step / trainer.steps_per_epoch, 3),
+              "loss": loss, "teacher_entropy": entropy,
+              "teacher_entropy_max": math.log(args.prototypes),
               "images_per_s": round(trainer.step * args.batch_size / trainer.seconds, 1)}
     if held_out.labelled:
         record["knn_top1"] = knn(trainer.teacher["backbone"], held_out, args)

@@ -105,6 +105,54 @@ def test_gradients_are_clipped(tiny_trainer):
     assert norms[0] > 0.1 and abs(norms[1] - 1e-3) < 1e-5
 
 
+def test_accumulated_gradients_are_the_batch_s(tiny_trainer, monkeypatch):
+    """With a loss that knows no neighbours: mean pixel times a weight."""
+    trainer, seen = tiny_trainer("--accumulate", "4", "--clip", "1e9"), []
+
+    def forward(teacher, student, head, softmax, images, temperature, args):
+        seen.append(images)
+        loss = (student.descriptor.start * images.float().mean()).sum()
+        return loss, {"loss": loss.detach(), "mean": images.float().mean()}
+    monkeypatch.setattr(train, "forward", forward)
+    log = trainer.step(trainer.images[:16], 0)
+    whole = trainer.images[:16].float().mean()
+    assert [len(part) for part in seen] == [4] * 4
+    assert torch.equal(torch.cat(seen), trainer.images[:16])
+    assert torch.allclose(trainer.student.descriptor.start.grad, whole.expand(1, 1, 64))
+    assert torch.allclose(log["mean"], whole) and log.keys() == {"loss", "mean"}
+
+
+def test_cached_views_are_the_teacher_s_and_spare_it(tiny_trainer, monkeypatch):
+    """View c of a picture is, here, the picture turned upside down and dimmed c times."""
+    def views(images, count, size, part=False):
+        x = images.flip(-2).float() / 255
+        return torch.stack([x / 2 ** c for c in range(count)])
+    monkeypatch.setattr(data, "augmentation", lambda name, size: views)
+    before = tiny_trainer()
+    random = torch.get_rng_state()
+    cache = train.cache_views(before.teacher, before.images, train.argparse.Namespace(
+        **vars(before.args) | {"cache_views": 3}))
+    assert torch.equal(torch.get_rng_state(), random) and cache.shape == (32, 3, 5, 64)
+    expected = before.teacher(before.images[7:8].flip(-2).float() / 255 / 4)[0]
+    far = lambda tokens: (tokens.float() - expected).abs().max()        # noqa: E731
+    assert far(cache[7, 2]) < 0.05 < 0.2 < far(cache[7, 1])
+
+    trainer = tiny_trainer("--cache-views", "3", "--views", "2")
+
+    def asked(*_):
+        raise AssertionError("the teacher was run")
+    monkeypatch.setattr(trainer.teacher, "forward", asked)
+    batch = torch.tensor([5, 0, 31])
+    tokens = trainer.fetch(batch)                                       # (3, 2, 5, 64)
+    for row, picture in zip(tokens, batch):
+        of_it = trainer.cache[picture]                                  # (3, 5, 64)
+        found = [(of_it == view).flatten(1).all(1).nonzero().item() for view in row]
+        assert len(set(found)) == 2
+    second_view_of_0 = train.see(None, tokens, trainer.args)[3 + 1]     # (V*B, N+1, d)
+    assert torch.equal(second_view_of_0, tokens[1, 1].float())
+    assert trainer.step(trainer.fetch(torch.arange(16)), 0)["loss"].isfinite()
+
+
 def test_schedules_by_hand(tiny_trainer):
     trainer = tiny_trainer("--epochs", "2", "--lr", "1", "--lr-end", "0", "--warmup-epochs", "1",
                            "--weight-decay-end", "0.4", "--tau-start", "1", "--tau", "0.25",

@@ -53,8 +53,8 @@ def kill_in_second_epoch(monkeypatch, step=1):
 
 @pytest.mark.parametrize("flags", [
     ("--disc", "softmax"), ("--disc", "gumbel", "--tau-start", "1"), ("--disc", "vq"),
-    ("--prototype-source", "ema", "--centering", "centre", "--teacher-temp-start", "0.04")],
-    ids=["softmax", "gumbel", "vq", "ema"])
+    ("--prototype-source", "ema", "--centering", "centre", "--teacher-temp-start", "0.04"),
+    ("--cache-views", "3", "--accumulate", "2")], ids=["softmax", "gumbel", "vq", "ema", "cache"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch, flags):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train.run(train.parse(tiny(*flags, "--out", str(straight))))
@@ -144,7 +144,9 @@ def test_the_test_part_plays_no_part_in_training(tiny, monkeypatch):
     ("--interpreter-heads 0", "--interpreter-heads"),
     ("--descriptor-depth 0", "--descriptor-depth"), ("--hidden 0", "--hidden"),
     ("--bottleneck 0", "--bottleneck"), ("--device tpu9", "--device"),
-    ("--save-minutes -1", "--save-minutes"), ("--resume", "no file")])
+    ("--save-minutes -1", "--save-minutes"), ("--accumulate 0", "--accumulate must"),
+    ("--accumulate 3", "multiple of 1 (processes) x 3"), ("--cache-views 1", "--views 2"),
+    ("--resume", "no file")])
 def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, flags, words):
     assert words in refusal(monkeypatch, tiny(*flags.split()))
     assert not (tmp_path / "run" / "ckpt.pt").exists()
@@ -159,6 +161,13 @@ def test_data_that_cannot_be_evaluated_is_told_before_training(tiny, tmp_path, m
     assert not (tmp_path / "run").exists()                  # nor has anything been written
     train.run(train.parse(words))
     assert records(tmp_path / "run")[0]["step"] == (60 - 3) // 16   # all of them, but 1 in 20
+
+
+def test_a_cache_that_does_not_fit_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(train, "free_memory", lambda: 1e5)
+    # 76 pictures x 3 views x 5 tokens x 64 numbers x 2 bytes
+    message = refusal(monkeypatch, tiny("--cache-views", "3"))
+    assert "takes 0.000146 GB of memory, and 0.0001 are free" in message
 
 
 def test_a_run_is_not_overwritten_by_accident(tiny, tmp_path, monkeypatch):
