@@ -211,7 +211,8 @@ def test_like_ranks_by_the_cosine_of_what_is_read(checkpoint, folder, tmp_path, 
     describe.main([ckpt, str(folder), "-o", str(out), "--like", str(folder / "b/deep/3.png")])
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     symbolizer, rows = hubconf.symbolizer(ckpt), {row["path"]: row["symbols"] for row in lines(out)}
-    z = symbolizer.student.interpret(symbolizer.student.disc.table[torch.tensor([*rows.values()])])[:, -1]
+    student = symbolizer.student
+    z = student.interpret(student.disc.table[torch.tensor([*rows.values()])])[:, -1]
     cosine = dict(zip(rows, F.normalize(z, dim=1) @ F.normalize(z[[*rows].index("b/deep/3.png")], dim=0)))
     assert printed[0][2:] == [*map(str, rows["b/deep/3.png"]), str(folder / "b/deep/3.png")]
     assert "b/deep/3.png" in [row[-1] for row in printed[1:] if row[:2] == ["1.000000", "8"]]

