@@ -188,8 +188,8 @@ def read_image(path, side):
     Raises OSError naming the file when it is missing, damaged or no image."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            # A JPEG at 1/2, 1/4 or 1/8 of its size, while it stays twice as large as is wanted: a tenth
-            # of the time for 12 megapixels, and 0.2 grey levels of difference
+            # A JPEG at 1/2, 1/4 or 1/8 of its size, while it stays twice as large as is wanted: a
+            # tenth of the time for 12 megapixels, and 0.2 grey levels of difference
             image.draft("RGB", (2 * side, 2 * side))
             ImageOps.exif_transpose(image, in_place=True)
             # The crop comes before the resizing: 1 x 60000 pixels must not become gigabytes
@@ -232,7 +232,7 @@ def check_labels(name):
 
 
 def load_folder(path, split, size, limit, seed):
-    """The pictures of `list_folder` as squares of size * 8/7 pixels (256 for 224, DINO's own ratio),
+    """The pictures of `list_folder` as squares of size * 8/7 pixels (256 for 224, as DINO does),
     or smaller if the first one is smaller. Unreadable files are named, skipped and counted."""
     files, labels, classes = list_folder(path, split)
     chosen = subset(len(files), limit, seed).tolist()

@@ -206,7 +206,7 @@ def hub_teacher(name):
         teacher = read_teacher(part)
         os.replace(part, path)
         return teacher
-    except Exception as error:                      # no network, no such page, half a file, no space
+    except Exception as error:                      # no network, no page, half a file, no space
         raise OSError(f"cannot get the weights of {name} from {url} ({error}); nothing is kept. "
                       "Try again, or download it elsewhere and pass --teacher FILE, or use "
                       "--random-teacher to try the sizes") from None
