@@ -292,10 +292,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("checkpoint", help="RUN/ckpt.pt, written by train.py")
-    add("--data", default=argparse.SUPPRESS, help="another data set than the run's, to see if its language carries over")
-    own = {"type": image_count, "default": argparse.SUPPRESS}  # not given: as the run; all: None
-    add("--train-images", **own, help="gallery size, or all; fewer is faster and scores lower")
-    add("--test-images", **own, help="or all; the standard error is under 50 / sqrt(n) %%")
+    add("--data", default=argparse.SUPPRESS,
+        help="another data set than the run's, to see if its language carries over")
+    count = {"type": image_count, "default": argparse.SUPPRESS}  # not given: as the run; all: None
+    add("--train-images", **count, help="gallery size, or all; fewer is faster and scores lower")
+    add("--test-images", **count, help="or all; the standard error is under 50 / sqrt(n) %%")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("--soft", action="store_true", help="also score soft mixtures, which are not n log2 K bits")
     add("--probe-on", choices=("z", "onehot", "both"), default="z", help="linear probe of the "
@@ -304,7 +305,8 @@ def main():
     add("--batch-size", type=int, default=256, help="images at a time; lower if memory runs out")
     args = parser.parse_args()
     try:
-        given = {k: v for k, v in vars(args).items() if k in ("data", "train_images", "test_images")}
+        own = ("data", "train_images", "test_images")
+        given = {k: v for k, v in vars(args).items() if k in own}
         if min([args.batch_size, *(n for n in given.values() if isinstance(n, int))]) < 1:
             raise ValueError("--batch-size, --train-images and --test-images must be at least 1")
         if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -312,7 +314,8 @@ def main():
         if args.json and not args.json.absolute().parent.is_dir():
             raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
         config, teacher, student = load_checkpoint(args.checkpoint, args.device)
-        results = evaluate(teacher, student, config | given, args.soft, args.probe_on, args.batch_size)
+        config |= given
+        results = evaluate(teacher, student, config, args.soft, args.probe_on, args.batch_size)
         print_table(results)
         if args.json:  # all or nothing: a reader, or a crash, never meets half a file
             part = args.json.with_name(f"{args.json.name}.tmp")

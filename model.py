@@ -201,7 +201,7 @@ def read_weights(path):
 
 
 def read_teacher(path):
-    """A file with DINO's or our own weights -> frozen Teacher. Raises OSError, or ValueError naming it."""
+    """DINO's or our own weights -> frozen Teacher. Raises OSError or ValueError naming the file."""
     state = read_weights(path)
     try:
         return teacher_from_state(dino_to_torchvision(state))
@@ -210,9 +210,9 @@ def read_teacher(path):
 
 
 def hub_teacher(name):
-    """The teacher `name` of HUB, downloaded once to where torch.hub keeps its files. DINO's files have
-    no hash to check, and torch.hub takes a cut connection for the file's end: a new file is kept only
-    after it has been read. Raises OSError for a download, ValueError for a file kept earlier."""
+    """The teacher `name` of HUB, downloaded once to where torch.hub keeps its files. DINO publishes
+    no hash to check, and torch.hub takes a cut connection for the file's end: a new file is kept
+    only after it was read. Raises OSError for a download, ValueError for a file kept earlier."""
     url = DINO_URL.format(HUB[name])
     path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if path.is_file():
@@ -227,10 +227,10 @@ def hub_teacher(name):
         teacher = read_teacher(part)
         os.replace(part, path)
         return teacher
-    except Exception as error:                      # no network, no such page, half a file, a full disk
-        raise OSError(f"cannot get the weights of {name} from {url} ({error}); nothing is kept. Try again, "
-                      "or download it elsewhere and pass --teacher FILE, or use --random-teacher to try "
-                      "the sizes") from None
+    except Exception as error:                      # no network, no page, half a file, no space
+        raise OSError(f"cannot get the weights of {name} from {url} ({error}); nothing is kept. "
+                      "Try again, or download it elsewhere and pass --teacher FILE, or use "
+                      "--random-teacher to try the sizes") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -250,7 +250,8 @@ def build_teacher(name, random_weights=False):
     shipped = WEIGHTS / f"{name}.pt"
     if not shipped.is_file() and not Path(name).is_file():
         known = sorted(f.stem for f in WEIGHTS.glob("*.pt"))
-        raise FileNotFoundError(f"no teacher {name!r}: give a file, or one of {', '.join([*HUB, *known])}")
+        raise FileNotFoundError(f"no teacher {name!r}: give a file, or one of "
+                                f"{', '.join([*HUB, *known])}")
     return read_teacher(shipped if shipped.is_file() else name)
 
 

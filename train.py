@@ -48,8 +48,10 @@ def parse(argv=None):
                    help="small: embedded data and teacher, minutes on a CPU; paper: the paper's sizes and recipe")
     add = p.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes (drawn by data.py), cifar10, cifar100, stl10 or folder:PATH")
-    add("--train-images", type=data.image_count, default=20000, help="at most so many, or all; fewer: shorter epochs")
-    add("--test-images", type=data.image_count, default=5000, help="or all; for the evaluation at the end only")
+    add("--train-images", type=data.image_count, default=20000,
+        help="at most so many, or all; fewer: shorter epochs")
+    add("--test-images", type=data.image_count, default=5000,
+        help="at most so many, or all; for the evaluation at the end only")
     add("--image-size", type=int, default=32, help="pixels; what the teacher was trained on, or a multiple of its patch")
     add("--views", type=int, default=4, help="V, augmented views per picture; 1 trains on same-view pairs only")
     add("--cache-views", type=int, default=0,

@@ -202,7 +202,7 @@ def tree(ids, known, thumbs):
 # ---- the page and the command --------------------------------------------------------------------
 
 def build(ids, attention, data, vocab, name, source, metrics=None, symbols=64):
-    """ids (n, T) in 0..vocab-1, attention (n, T, N), data: an ImageSet of n images from `source`,
+    """ids (n, T) in 0..vocab-1, attention (n, T, N), data: ImageSet of n images, `source`: words,
     metrics: rows of metrics.jsonl, symbols: full entries -> the page, a string."""
     (n, length), known, figures = ids.shape, attributes(data), code_figures(ids, vocab)
     names = [data.classes[c] if c >= 0 else "" for c in data.labels.tolist()]
@@ -221,9 +221,11 @@ def main(argv=None):
     add = parser.add_argument
     add("checkpoint", type=Path, help="RUN/ckpt.pt; RUN/metrics.jsonl gives the curves")
     add("-o", "--out", type=Path, default="page.html", help="the page's file")
-    add("--images", type=int, default=2000, help="test images to read: more make the figures surer")
+    add("--split", choices=("test", "train"), default="test", help="the part of the data to show: "
+        "train for a flat folder of pictures, which has no test part")
+    add("--images", type=int, default=2000, help="images to read: more make the figures surer")
     add("--symbols", type=int, default=64, help="symbols with a full entry: more, a larger file")
-    add("--data", help="take the test images from here (default: the run's own data set)")
+    add("--data", help="take the images from here (default: the run's own data set)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     if args.images < 1 or args.symbols < 0:
@@ -233,10 +235,10 @@ def main(argv=None):
         run, size = args.checkpoint.parent, config["image_size"]
         source = args.data or config["data"]
         metrics = visualize.read_metrics(run) if (run / "metrics.jsonl").exists() else None
-        data = load(source, "test", size, args.images, config["seed"])
+        data = load(source, args.split, size, args.images, config["seed"])
         ids, attention = visualize.read(teacher, student, data.images, size, attention=True)
-        html = build(ids, attention, data, config["vocab"], run.resolve().name, Path(source).name,
-                     metrics, args.symbols)
+        html = build(ids, attention, data, config["vocab"], run.resolve().name,
+                     f"{args.split} images of {Path(source).name}", metrics, args.symbols)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(html, encoding="utf-8")
     except (ValueError, OSError) as error:

@@ -27,8 +27,8 @@ def cls_features(teacher, images, size, batch_size=250):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("teacher", help="a name in weights/ or a file of extras.pretrain")
-    p.add_argument("--train-images", type=data.image_count, help="at most so many; default: all 50 000")
-    p.add_argument("--test-images", type=data.image_count, help="at most so many; default: all 10 000")
+    p.add_argument("--train-images", type=data.image_count, help="default: all 50 000")
+    p.add_argument("--test-images", type=data.image_count, help="default: all 10 000")
     p.add_argument("--json", type=Path, help="also write the figures there")
     args = p.parse_args()
     try:

@@ -361,7 +361,7 @@ def test_mistakes_end_in_one_line(toy_run, monkeypatch, arguments, complaint):
     (["--train-images", "50", "--data", "other"], [50, 30])])
 def test_flags_that_are_given_replace_the_runs_own(toy_run, monkeypatch, flags, sizes):
     seen = []
-    monkeypatch.setattr(ev, "evaluate", lambda teacher, student, config, *rest: seen.append(config) or 1 / 0)
+    monkeypatch.setattr(ev, "evaluate", lambda t, s, config, *rest: seen.append(config) or 1 / 0)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "run.pt", "--device", "cpu", *flags])
     with pytest.raises(ZeroDivisionError):
         ev.main()

@@ -157,6 +157,8 @@ def test_the_command_writes_a_page_and_names_what_is_wrong(tiny, tmp_path, capsy
     assert "30 images" in capsys.readouterr().out
     text = out.read_text()
     assert "30 test images of shapes" in Sound(text).text and str(tmp_path) not in text
+    page.main([str(run / "ckpt.pt"), "-o", str(out), "--images", "9", "--split", "train"])
+    assert "9 train images of shapes" in Sound(out.read_text()).text
     (run / "metrics.jsonl").write_text(json.dumps({"no": "epoch"}) + "\n")
     for words in [[str(tmp_path / "none.pt")], [str(run / "ckpt.pt")],
                   [str(run / "ckpt.pt"), "--data", "nothing"]]:
