@@ -313,15 +313,15 @@ def panel(sheet, x, y, width, height, key, tables):
 
 
 def curves(runs, path, keys=tuple(PANELS)):
-    """Training curves of the runs (folders with metrics.jsonl) in one PNG, a panel to each of
-    `keys` of PANELS. -> path. Raises
-    FileNotFoundError for a folder without metrics, ValueError for an empty or foreign file."""
+    """Training curves of the runs (folders with metrics.jsonl) in one PNG, a panel for each of
+    `keys` (of PANELS). -> path. Raises FileNotFoundError for a folder without metrics, ValueError
+    for an empty or foreign file."""
     if len(runs) > len(RUN_COLOURS):
         raise ValueError(f"{len(runs)} runs: at most {len(RUN_COLOURS)} can be told apart")
     tables = [read_metrics(run) for run in runs]
     names = [Path(run).resolve().name for run in runs]
     names = [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names)]
-    columns, height = 3 if len(keys) % 3 == 0 else 4, 254
+    columns, height = 3 if len(keys) % 3 == 0 else 4, 254           # full rows
     width = (WIDTH - 2 * MARGIN) // columns
     top = MARGIN + math.ceil(len(runs) / columns) * 22 + 34
     sheet = Sheet(WIDTH, top + math.ceil(len(keys) / columns) * height - 22)

@@ -204,6 +204,7 @@ def figures():
 
 
 def table(readme, path):
+    """All rows as Markdown, printed or between the marks of README.md, and as JSON at path."""
     every = list(rows())
     text = "\n".join(tables(every))
     if readme:

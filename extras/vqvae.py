@@ -164,8 +164,10 @@ def run(args):
     sets = evaluate.load_splits(vars(args))
     teacher = model.build_teacher(args.teacher).to(args.device)
     net = VQVAE(args.image_size, args.length, args.width, args).to(args.device)
+    cls = [cls_features(teacher, s.images, args.image_size) for s in sets]   # fails early
     optimizer = torch.optim.Adam(net.parameters())
     out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)                              # another run's
     config = config_of(args) | {"out": str(out), "method": "vqvae",
                                 "machine": baselines.machine(args.device)}
     checkpoint.write(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1) + "\n"))
@@ -177,7 +179,6 @@ def run(args):
             print(json.dumps(record), file=log, flush=True)
             print(f"epoch {epoch + 1}/{args.epochs}  mse {record['mse']:.3f}  smallest perplexity "
                   f"{min(record['perplexity']):.0f}  {record['seconds']:.0f} s", flush=True)
-    cls = [cls_features(teacher, s.images, args.image_size) for s in sets]
     results, rebuilt = score(net, sets, cls, args)
     shown = torch.cat([data.normalize(sets[1].images[:8], args.image_size), rebuilt[:8]])
     shown = F.interpolate((shown * data.STD + data.MEAN).clamp(0, 1), scale_factor=3)
