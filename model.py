@@ -7,6 +7,7 @@ Teacher (E_T): a frozen torchvision ViT with DINO weights. Student: descriptor (
 interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA of P_S.
 """
 import argparse
+import contextlib
 import copy
 import math
 import os
