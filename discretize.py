@@ -46,7 +46,7 @@ def require(condition, message):
 
 
 class Discretizer(nn.Module):
-    """The contract. A subclass defines `discretize(h, hard)`, and `after_step` if it keeps state.
+    """The contract. A subclass defines `discretize(h, hard, bids)`, and `after_step` if it keeps state.
     train.py sets `tau` at every step (see `anneal`); a loaded model has the final one."""
 
     good_tau = 0.12              # what --tau is when it is not given: measured for each class (paper: 0.12)
@@ -59,11 +59,12 @@ class Discretizer(nn.Module):
         require(self.final_tau > 0, f"--tau must be above 0, not {args.tau}")
         self.vocab, self.tau = vocab, self.final_tau
 
-    def forward(self, h, hard=False):
-        """h (B, d) -> Discrete. hard: one-hot argmax without noise, as in every reported figure."""
+    def forward(self, h, hard=False, bids=None):
+        """h (B, d) -> Discrete. hard: one-hot argmax without noise, as in every reported figure.
+        bids (B, K), deviation about 1: what speaks for each symbol instead of h (model.Draft)."""
         # bfloat16 keeps 3 digits: near-equal logits would tie, and argmax would favour low ids
         with torch.autocast(h.device.type, enabled=False):
-            return self.discretize(h.float(), hard)
+            return self.discretize(h.float(), hard, bids)
 
     def after_step(self):
         """train.py calls this once per optimiser step, after the T calls of `forward` in it."""
@@ -73,6 +74,7 @@ class Softmax(Discretizer):
     """Low-temperature softmax (3.2, item 1), with an optional straight-through one-hot."""
 
     tempered = True  # logits are W h / tau
+    unit = 1.0       # logits to a bid, before tau
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
@@ -80,7 +82,7 @@ class Softmax(Discretizer):
         self.straight_through = self.good_straight_through if chosen is None else chosen
         # No bias: it could only prefer a symbol for all images alike, the first step of collapse
         self.to_logits = nn.Linear(width, vocab, bias=False)
-        # h has unit variance (it leaves a LayerNorm), so the logits have deviation SPREAD
+        # h has unit variance (it leaves a BatchNorm), so the logits have deviation SPREAD
         unit = (getattr(args, "tau_start", None) or self.final_tau) if self.tempered else 1
         nn.init.normal_(self.to_logits.weight, std=SPREAD * unit / math.sqrt(width))
         self.table = nn.Parameter(TABLE_STD * torch.randn(vocab, width))
@@ -88,8 +90,9 @@ class Softmax(Discretizer):
     def weigh(self, logits):
         return logits.softmax(-1)
 
-    def discretize(self, h, hard):
-        logits = self.to_logits(h) / (self.tau if self.tempered else 1)  # (B, K)
+    def discretize(self, h, hard, bids=None):
+        logits = self.to_logits(h) if bids is None else bids * self.unit  # (B, K)
+        logits = logits / (self.tau if self.tempered else 1)
         soft = logits if hard else self.weigh(logits)
         ids = soft.argmax(-1)                                            # (B,)
         weights = F.one_hot(ids, self.vocab).float() if hard or self.straight_through else soft
@@ -106,6 +109,7 @@ class Gumbel(Softmax):
 
     good_tau, good_straight_through = 0.5, False
     tempered = False  # logits are W h: SPREAD against noise of standard deviation 1.28, at any tau
+    unit = 1 / 0.12  # as many as softmax has at its tau: noise decides between near equals only
 
     def weigh(self, logits):
         if self.training:
@@ -151,11 +155,11 @@ class VQ(Discretizer):
         # l2 of ViT-VQGAN (Yu et al. 2022), but at radius sqrt(c): losses do not shrink with c
         return F.normalize(x, dim=-1) * math.sqrt(x.shape[-1]) if self.l2 else x
 
-    def discretize(self, h, hard):
+    def discretize(self, h, hard, bids=None):
         z, codes = self.normalise(self.down(h)), self.normalise(self.codebook)  # (B, c), (K, c)
         distance = (z**2).sum(-1, keepdim=True) - 2 * z @ codes.T + (codes**2).sum(-1)  # (B, K)
         # Our choice: per dimension and over tau, for an H(p) that compares between c. l2: cosine
-        logits = -distance / (2 * z.shape[-1] * self.tau)
+        logits = (-distance / (2 * z.shape[-1]) if bids is None else bids) / self.tau
         ids = logits.argmax(-1)
         weights = F.one_hot(ids, self.vocab).float()
         code = weights @ codes                                           # (B, c)

@@ -59,8 +59,7 @@ class _Symbolizer(nn.Module):       # underscore: torch.hub.list() shows all cal
             raise ValueError(f"symbols must be (B, {self.length}), not {tuple(symbols.shape)}")
         if len(symbols) and not 0 <= symbols.min() <= symbols.max() < self.vocab:
             raise ValueError(f"symbols must be in 0..{self.vocab - 1}")
-        embeddings = self.student.disc.table[symbols.to(self.device)]           # (B, T, d)
-        return self.student.interpret(embeddings) + self.student.origin
+        return self.student.read(symbols.to(self.device)) + self.student.origin
 
 
 def symbolizer(checkpoint, device="cpu"):

@@ -98,15 +98,14 @@ def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
     return (weights * entropies.mean(1)).sum() / weights.sum(), entropies.detach()
 
 
-def regression_loss(y, z_s, drafts):
-    """Mean squared error of z_s (B, D, d), and of the drafts (B, T, d), from the teacher's CLS y (B, d) in
-    the student's space, where predicting the mean costs 1. Returns (loss, z_s's error per prefix (D,)).
+def regression_loss(y, z_s, drafts, gists):
+    """Mean squared errors of z_s (B, D, d), drafts and gists (B, T, d) from the teacher's CLS y (B, d) in
+    the student's space, where predicting the mean costs 1. Returns (their sum, z_s's per prefix (D,)).
 
     Our addition: the softmax over prototypes says between which centres a picture lies; k-NN and a linear
-    probe also need where, and the drafts must read something before the next symbol can add to it."""
+    probe also need where. Drafts teach what symbols stand for, gists to tell the CLS from the patches."""
     error = (z_s.float() - y[:, None]).square().mean((0, 2))
-    draft = (drafts.float() - y[:, None]).square().mean()
-    return error.mean() + draft, error.detach()
+    return error.mean() + sum((x.float() - y[:, None]).square().mean() for x in (drafts, gists)), error.detach()
 
 
 # ------------------------------------------------------------------------------- exploration terms

@@ -339,38 +339,56 @@ class Description(NamedTuple):
     weights: torch.Tensor           # (B, T, K) soft or hard choice
     embeddings: torch.Tensor        # (B, T, d)
     logits: torch.Tensor            # (B, T, K)
+    gists: torch.Tensor             # (B, T, d) the CLS as imagined at each symbol; zeros without Draft
     drafts: torch.Tensor            # (B, T, d) linear reading of the symbols up to each; zeros without Draft
     aux: torch.Tensor               # () the discretizer's own loss, mean over positions
     attention: torch.Tensor | None  # (B, T, N) over the patches, rows sum to 1
 
 
 class Draft(nn.Module):
-    """A first, linear reading of the symbols so far: sum over i <= t of W_i e_i, e_i their embeddings.
+    """A first, linear reading of the symbols so far, and what it makes of the next one. Our addition,
+    after residual quantisation: c_tk in the student's space is what symbol k stands for at place t,
 
-    Our addition, after residual quantisation: the descriptor is shown the teacher's CLS minus the draft,
-    which is what is left to say (without it, symbols 3 to 8 mostly repeat 1 and 2), and the interpreter
-    corrects the draft instead of starting from nothing. A receiver of the symbols can compute it."""
+        draft_t = c_1,s1 + ... + c_t,st        bid_tk = -|gist_t - draft_(t-1) - c_tk|^2 / unit_t
 
-    def __init__(self, width, length):
+    gist_t is the CLS as the descriptor imagines it when it says symbol t: it sees the patches alone,
+    and learns to tell the CLS from them (losses.regression_loss). So a symbol is about what those
+    before it left unsaid, and training starts from residual k-means (`fit`), not below it."""
+
+    def __init__(self, width, length, vocab):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(length, width, width) * 0.1 / width**0.5)    # W_i, transposed
-        # what is left shrinks from symbol to symbol; BatchNorm brings it back to size
-        self.norms = nn.ModuleList(
-            distributed.BatchNorm(width, affine=False) for _ in range(length))
+        self.centres = nn.Parameter(torch.randn(length, vocab, width))          # c_tk
+        self.register_buffer("unit", torch.ones(length))
+        self.gist = nn.Linear(width, width)
         self.show = nn.Linear(width, width)
-        nn.init.eye_(self.show.weight)
+        nn.init.zeros_(self.gist.weight)
+        nn.init.zeros_(self.gist.bias)
 
-    def word(self, embedding, t):
-        """What symbol t, (B, d), adds."""
-        return embedding @ self.weight[t]
+    @torch.no_grad()
+    def fit(self, cls):
+        """Residual k-means of CLS in the student's space, (n, d). A unit is one deviation of the squared
+        distances, so that bids have deviation 1 at every place, however little is left there."""
+        for t, centres in enumerate(self.centres):
+            centres.copy_(discretize.kmeans(cls, len(centres)))
+            distance = torch.cdist(cls, centres)                                # (n, K)
+            self.unit[t] = distance.square().std().clamp(min=1e-6)
+            cls = cls - centres[distance.argmin(1)]
 
-    def left(self, cls, draft, t):
-        """(B, d) twice -> (B, d): what symbol t should be about."""
-        return self.show(self.norms[t]((cls - draft).float()))
+    def bids(self, left, t):
+        """left (B, d) to be said -> (B, K), up to what is the same for all symbols. No gradient for the
+        centres: they learn from what they add to the draft."""
+        centres = self.centres[t].detach()
+        with torch.autocast(left.device.type, enabled=False):
+            return (2 * left.float() @ centres.T - centres.square().sum(1)) / self.unit[t]
 
-    def forward(self, embeddings):
-        """(B, T, d) -> (B, T, d), the draft after each symbol."""
-        return torch.einsum("btd,tde->bte", embeddings, self.weight).cumsum(1)
+    def word(self, weights, t):
+        """What symbol t, (B, K), adds."""
+        with torch.autocast(weights.device.type, enabled=False):
+            return weights.float() @ self.centres[t]
+
+    def forward(self, symbols):
+        """(B, T) int64 -> (B, T, d), the draft after each symbol."""
+        return self.centres[torch.arange(symbols.shape[1]), symbols].cumsum(1)
 
 
 class Descriptor(nn.Module):
@@ -392,30 +410,39 @@ class Descriptor(nn.Module):
     def forward(self, tokens, disc, draft=None, hard=False, attention=False):
         """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the
         next input, in training and in evaluation alike (our choice: no teacher forcing exists here)."""
-        cls, read, drafts = tokens[:, 0], torch.zeros_like(tokens[:, 0]), []
-        seen = lowered(tokens), lowered(self.cls_mark)
-        contexts = [(block.cross.carriers(), *seen) for block in self.blocks]
-        pasts, said, looked = [None] * len(self.blocks), [], []
-        embedding = self.start.expand(len(tokens), -1, -1)                      # (B, 1, d)
+        gist, read, bids = torch.zeros_like(tokens[:, 0]), torch.zeros_like(tokens[:, 0]), None
+        if draft is not None:
+            tokens = tokens[:, 1:]                  # with the CLS there would be nothing to look for
+        mark = self.cls_mark if draft is None else torch.zeros_like(self.cls_mark)
+        contexts = [(block.cross.carriers(), lowered(tokens), lowered(mark)) for block in self.blocks]
+        pasts, said, looked, gists, drafts = [None] * len(self.blocks), [], [], [], []
+        embedding = self.start[:, 0].expand(len(tokens), -1)                    # (B, d)
         for t in range(self.length):
             x = embedding + self.position[t]
             if draft is not None:
-                x = x + draft.left(cls, read, t)[:, None]
+                x = x + draft.show(gist - read)     # what is left to say
+            x = x[:, None]                                                      # (B, 1, d)
             for i, block in enumerate(self.blocks):
                 x, pasts[i], weights = block(x, contexts[i], pasts[i])
-            looked.append(weights.float().mean(1) if attention else None)   # of the deepest layer
-            said.append(disc(self.norms[t](x[:, 0].float()), hard))
-            embedding = said[-1].embedding[:, None]
+            h = self.norms[t](x[:, 0].float())
             if draft is not None:
-                read = read + draft.word(embedding[:, 0], t)
+                gist = draft.gist(h)
+                bids = draft.bids(gist - read, t)
+            said.append(disc(h, hard, bids))
+            embedding = said[-1].embedding
+            if draft is not None:
+                read = read + draft.word(said[-1].weights, t)
+            gists.append(gist)
             drafts.append(read)
+            looked.append(weights.float().mean(1) if attention else None)   # of the deepest layer
         if attention:
-            # CLS stands for no place in the picture: leave it out, bring the rest back to a sum of 1.
-            looked = torch.stack(looked, 1)[..., 1:]                              # (B, T, N)
-            looked = looked / looked.sum(-1, keepdim=True)
+            looked = torch.stack(looked, 1)                                     # (B, T, N + 1 or N)
+            if draft is None:       # CLS is no place in the picture: without it, to a sum of 1
+                looked = looked[..., 1:] / looked[..., 1:].sum(-1, keepdim=True)
         stack = lambda name: torch.stack([getattr(s, name) for s in said], 1)   # noqa: E731
         return Description(stack("ids"), stack("weights"), stack("embedding"), stack("logits"),
-                           torch.stack(drafts, 1), torch.stack([s.aux for s in said]).mean(), looked if attention else None)
+                           torch.stack(gists, 1), torch.stack(drafts, 1),
+                           torch.stack([s.aux for s in said]).mean(), looked if attention else None)
 
 
 class Interpreter(nn.Module):
@@ -472,7 +499,7 @@ class Student(nn.Module):
             if isinstance(module, nn.Linear):       # PyTorch's own start is 1.7 times narrower, and with it
                 nn.init.xavier_uniform_(module.weight)      # every picture gets the same symbols
                 nn.init.zeros_(module.bias)
-        self.draft = Draft(width, length) if draft else None
+        self.draft = Draft(width, length, disc.vocab) if draft else None
         self.disc, self.projector = disc, projector
         self.lengths = self.interpreter.lengths
 
@@ -498,13 +525,16 @@ class Student(nn.Module):
         """z_t (B, N+1, d) -> Description. hard: argmax symbols, as in every reported figure."""
         return self.descriptor(self.space(tokens), self.disc, self.draft, hard, attention)
 
-    def interpret(self, embeddings, drafts=None):
-        """(B, T, d) -> z_s (B, D, d). drafts: those of the Description, not to compute them again."""
+    def interpret(self, embeddings, drafts):
+        """Those of a Description, (B, T, d) each -> z_s (B, D, d)."""
         z_s = self.interpreter(embeddings)
-        if self.draft is None:
-            return z_s
-        drafts = self.draft(embeddings) if drafts is None else drafts
-        return z_s + drafts[:, [n - 1 for n in self.lengths]]
+        if self.draft is not None:                  # the interpreter corrects the draft
+            z_s = z_s + drafts[:, [n - 1 for n in self.lengths]]
+        return z_s
+
+    def read(self, symbols):
+        """symbols (B, T) int64 -> z_s (B, D, d): what a receiver of the symbols alone can compute."""
+        return self.interpret(self.disc.table[symbols], self.draft and self.draft(symbols))
 
 
 class Anchors(nn.Module):

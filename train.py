@@ -168,9 +168,11 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
     student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
     if args.regression:                             # z_s lies in the CLS's space, so cosines start where its do
         student.origin.copy_(student.mean[0] @ student.whiten)
-    if isinstance(head, model.Anchors):
-        plain = (encode(data.normalize(x, size))[:, :1] for x in batches(20000))
-        head.fit(torch.cat([student.space(cls)[:, 0] for cls in plain]))
+    if isinstance(head, model.Anchors) or student.draft:
+        plain = torch.cat([student.space(encode(data.normalize(x, size))[:, :1])[:, 0] for x in batches(20000)])
+        for part in (head, student.draft):
+            if hasattr(part, "fit"):
+                part.fit(plain)
 
 
 def free_memory():
@@ -224,7 +226,7 @@ def forward(teacher, student, head, softmax, images, temperature, args):
     z_s = student.interpret(said.embeddings, said.drafts)                       # (V*B, D, d)
     logits = student.projector(z_s).transpose(0, 1).unflatten(1, (v, b))        # p_s (D, V, B, P)
     loss, entropies = losses.granular_dino_loss(p_t, logits, args.lam, args.student_temp, args.pairing)
-    regression, unexplained = losses.regression_loss(y, z_s, said.drafts)
+    regression, unexplained = losses.regression_loss(y, z_s, said.drafts, said.gists)
     total = loss + said.aux + args.regression * regression + losses.exploration_loss(
         said.weights, said.logits, args.explore, args.alpha, args.beta, args.balance)
     with torch.no_grad():

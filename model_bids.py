@@ -1,0 +1,528 @@
+"""The networks, in the order in which a picture goes through them (paper, section 3.1).
+
+    x --E_T--> z_t --D_S--> s --discretizer--> symbols --E_S--> z_s --P_S--> p_s
+    picture    tokens       decoder            1 … T           encoder      prototypes
+
+Teacher (E_T): a frozen torchvision ViT with DINO weights. Student: descriptor (D_S), discretizer,
+interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA of P_S.
+"""
+import argparse
+import contextlib
+import copy
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
+
+import discretize
+
+WEIGHTS = Path(__file__).parent / "weights"
+torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # bf16 attention stays bf16, on CPUs too
+
+
+def attention_kernel(x):
+    """On a CPU, PyTorch's plain attention is 2 to 5 times faster than its flash attention at our lengths
+    (65 tokens and fewer; measured in bf16, forward and backward). On a GPU: PyTorch's own choice."""
+    return sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else contextlib.nullcontext()
+
+
+# --------------------------------------------------------------------------------- teacher E_T, P_T
+
+class Teacher(nn.Module):
+    """A torchvision ViT that returns all its tokens: x (B, 3, H, W) normalised -> (B, N+1, d), CLS first.
+
+    Any H and W that the patch size divides: the position embedding is interpolated, as DINO does.
+    """
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+        self.width, self.patch = vit.hidden_dim, vit.patch_size
+        self.image_size = vit.image_size
+
+    def positions(self, h, w):
+        """Position embedding for a grid of h x w patches: (1, 1 + h*w, d)."""
+        table = self.vit.encoder.pos_embedding
+        side = self.image_size // self.patch
+        if (h, w) == (side, side):
+            return table
+        grid = table[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
+        grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False)
+        return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+    def forward(self, x):
+        x = self.vit.conv_proj(x)                                               # (B, d, h, w)
+        positions = self.positions(*x.shape[-2:])
+        x = x.flatten(2).transpose(1, 2)                                        # (B, N, d)
+        x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], 1) + positions
+        with attention_kernel(x):
+            return self.vit.encoder.ln(self.vit.encoder.layers(x))              # (B, N+1, d)
+
+
+def small_vit(image_size, patch, width, depth, heads, stem=()):
+    """A torchvision ViT of any size (without its classifier), randomly initialised as DINO does.
+    stem: channels of 3x3 convolutions in front (Xiao et al. 2021); each that changes their number has
+    stride 2. Raises ValueError when they do not make the patch."""
+    strides = [1 + (channels != before) for before, channels in zip([3, *stem], stem)]
+    if stem and math.prod(strides) != patch:
+        raise ValueError(f"a stem of {list(stem)} channels makes patches of {math.prod(strides)} pixels, not {patch}")
+    convolutions = [ConvStemConfig(channels, 3, stride) for channels, stride in zip(stem, strides)] or None
+    vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width, conv_stem_configs=convolutions)
+    vit.heads = nn.Identity()
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.MultiheadAttention):
+            nn.init.trunc_normal_(module.in_proj_weight, std=0.02)
+    nn.init.trunc_normal_(vit.class_token, std=0.02)
+    return Teacher(vit)
+
+
+class DINOHead(nn.Module):
+    """Projector P: 3-layer MLP with GELU, bottleneck, L2-normalise, cosine to P prototypes (DINO's
+    weight-normalised last layer with its gain fixed at 1). (..., d) -> (..., P), values in [-1, 1]."""
+
+    def __init__(self, width, prototypes, hidden=2048, bottleneck=256, batch_norm=False):
+        super().__init__()
+        norm = nn.BatchNorm1d if batch_norm else (lambda width: nn.Identity())
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), norm(hidden), nn.GELU(),
+                                 nn.Linear(hidden, hidden), norm(hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        for p in self.parameters():
+            # Xavier, not DINO's 0.02: our student starts from a random encoder of narrow width, and
+            # with 0.02 everything it sees lands on one prototype.
+            nn.init.xavier_uniform_(p) if p.ndim > 1 else None
+        nn.init.normal_(self.prototypes)
+
+    def forward(self, x):
+        x = self.mlp(x)
+        # Cosines are divided by temperatures of 0.02 to 0.1 later: bf16's three digits would not do.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.prototypes.float(), dim=-1))
+
+
+# The names of DINO's parameters, old -> new; everything else in a DINO file is its projection head.
+DINO_NAMES = [
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj\.", "conv_proj."),
+    (r"^norm\.", "encoder.ln."),
+    (r"^blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.3."),
+]
+
+
+def dino_to_torchvision(state_dict):
+    """The official DINO ViT's state dict (or one in torchvision's names already) -> torchvision's names.
+
+    Also takes what DINO's training saves: the `teacher` entry, `module.` and `backbone.` prefixes, and
+    the projection head, which is dropped. Raises ValueError when no ViT is found in it."""
+    state = state_dict["teacher"] if isinstance(state_dict.get("teacher"), dict) else state_dict
+    new = {}
+    for name, value in state.items():
+        name = re.sub(r"^(module\.|backbone\.)+", "", name)
+        if name.startswith(("head.", "heads.")):
+            continue
+        for old, replacement in DINO_NAMES:
+            name = re.sub(old, replacement, name)
+        new[name] = value
+    if not {"class_token", "encoder.pos_embedding", "encoder.ln.weight"} <= new.keys():
+        raise ValueError("no vision transformer in it: neither DINO's nor torchvision's parameter names")
+    return new
+
+
+def teacher_from_state(state):
+    """torchvision-named ViT weights -> frozen Teacher in float32. The sizes are read off the shapes; there
+    are 64 channels to a head in every DINO model, and in ours."""
+    side = round((state["encoder.pos_embedding"].shape[1] - 1) ** 0.5)
+    width = state["class_token"].shape[-1]
+    depth = sum(name.endswith(".ln_1.weight") for name in state)
+    stem = [len(state[name]) for name in state if re.fullmatch(r"conv_proj\.conv_bn_relu_\d+\.0\.weight", name)]
+    patch = 2 ** (1 + sum(a != b for a, b in zip(stem, stem[1:]))) if stem else state["conv_proj.weight"].shape[-1]
+    teacher = small_vit(side * patch, patch, width, depth, max(1, width // 64), stem)
+    try:
+        teacher.vit.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError("its vision transformer is incomplete: " + str(error).splitlines()[1].strip()) from None
+    return teacher.eval().requires_grad_(False)
+
+
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"
+HUB = {"dino_vitb16": "vitbase16", "dino_vitb8": "vitbase8",                    # width 768, 12 blocks
+       "dino_vits16": "deitsmall16", "dino_vits8": "deitsmall8"}                # width 384, 12 blocks
+
+
+def read_weights(path):
+    """torch.load without running any code from the file. Raises FileNotFoundError or ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):            # DINO stores its flags
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                      # truncated, foreign or hostile: torch raises a dozen kinds
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
+    return state
+
+
+def build_teacher(name, random_weights=False):
+    """The frozen teacher `name`: one of HUB (downloaded once), a name in weights/, or a file with DINO's
+    or our own weights. random_weights: the architecture of a HUB name, untrained, to try sizes without a
+    network. Raises ValueError or OSError with what to do."""
+    if random_weights:
+        if name not in HUB:
+            raise ValueError(f"--random-teacher needs one of {', '.join(HUB)} as --teacher, not {name!r}")
+        width = 768 if "vitb" in name else 384
+        return small_vit(224, int(name[9:]), width, 12, width // 64).eval().requires_grad_(False)
+    if name in HUB:
+        url = DINO_URL.format(HUB[name])
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)         # where torch.hub keeps them
+        try:
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path))
+        except Exception as error:
+            raise OSError(f"cannot get the weights of {name} ({error}). Without a network: download {url} elsewhere "
+                          "and pass --teacher FILE, or use --random-teacher to try the sizes") from None
+    else:
+        shipped = WEIGHTS / f"{name}.pt"
+        if not shipped.is_file() and not Path(name).is_file():
+            known = sorted(f.stem for f in WEIGHTS.glob("*.pt"))
+            raise FileNotFoundError(f"no teacher {name!r}: give a file, or one of {', '.join([*HUB, *known])}")
+        path = shipped if shipped.is_file() else name
+    try:
+        return teacher_from_state(dino_to_torchvision(read_weights(path)))
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"teacher {name}: {' '.join(str(error).split())[:200]}") from None
+
+
+# ------------------------------------------------------------- student: D_S, discretizer, E_S, P_S
+
+START_STD = 0.3     # of start token, CLS and positions: as the symbols' embeddings, so that neither drowns the other
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values are made apart from the queries, so that they can be kept."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_kv, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
+
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                # (B, L, d) -> (B, heads, L, d/heads)
+
+    def keys_values(self, x):
+        """x (B, L, d) -> keys and values, (B, heads, L, d/heads) each."""
+        return [self.split(part) for part in self.to_kv(x).chunk(2, -1)]
+
+    def forward(self, x, keys, values, mask=None):
+        """x (B, L, d) asks; mask (L, S), True where asking is allowed."""
+        with attention_kernel(x):
+            y = F.scaled_dot_product_attention(self.split(self.to_q(x)), keys, values, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def weights(self, x, keys):
+        """What x looks at: (B, L, S), mean over heads, rows sum to 1."""
+        q = self.split(self.to_q(x)).float()
+        return (q @ keys.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with cross=True also attention to the teacher's tokens."""
+
+    def __init__(self, width, heads, cross=False):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        if cross:
+            self.norm_cross, self.cross = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, context=None, past=None, mask=None, looked=None):
+        """x (B, L, d); context: kept keys and values of the tokens; past: those of earlier positions;
+        looked: a list that is given the cross-attention's weights, (B, L, N+1).
+        Returns x and the keys and values of all positions so far."""
+        h = self.norm1(x)
+        kept = self.attention.keys_values(h)
+        if past is not None:
+            kept = [torch.cat(pair, 2) for pair in zip(past, kept)]
+        x = x + self.attention(h, *kept, mask)
+        if context is not None:
+            h = self.norm_cross(x)
+            if looked is not None:
+                looked.append(self.cross.weights(h, context[0]))
+            x = x + self.cross(h, *context)
+        return x + self.mlp(self.norm2(x)), kept
+
+
+class Description(NamedTuple):
+    """What the student says about B pictures."""
+    ids: torch.Tensor               # (B, T) int64 symbols
+    weights: torch.Tensor           # (B, T, K) soft or hard choice
+    embeddings: torch.Tensor        # (B, T, d)
+    logits: torch.Tensor            # (B, T, K)
+    drafts: torch.Tensor            # (B, T, d) linear reading of the symbols up to each; zeros without Draft
+    aux: torch.Tensor               # () the discretizer's own loss, mean over positions
+    attention: torch.Tensor | None  # (B, T, N) over the patches, rows sum to 1
+
+
+import os
+SCALE=float(os.environ.get('SCALE','5'));BIDS=int(os.environ.get('BIDS','1'));BIDGRAD=int(os.environ.get('BIDGRAD','0'))
+
+class Draft(nn.Module):
+    """A first, linear reading of the symbols so far: sum over i <= t of W_i e_i, e_i their embeddings.
+
+    Our addition, after residual quantisation: the descriptor is shown the teacher's CLS minus the draft,
+    which is what is left to say (without it, symbols 3 to 8 mostly repeat 1 and 2), and the interpreter
+    corrects the draft instead of starting from nothing. A receiver of the symbols can compute it."""
+
+    def __init__(self, width, length, vocab):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(length, vocab, width) * 0.1)    # c_tk
+        self.register_buffer('scale', torch.zeros(length))
+        # what is left shrinks from symbol to symbol; BatchNorm brings it back to size
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False) for _ in range(length))
+        self.gist = nn.Linear(width, width)
+        self.show = nn.Linear(width, width)
+        nn.init.eye_(self.show.weight)
+
+    @torch.no_grad()
+    def fit(self, cls):
+        """Residual k-means of the CLS in the student's space, (n, d): where training starts from."""
+        for centres, scale in zip(self.centres, self.scale):
+            centres.copy_(discretize.kmeans(cls, len(centres)))
+            cost = torch.cdist(cls, centres).square()
+            scale.copy_(SCALE / cost.std())
+            cls = cls - centres[cost.argmin(1)]
+
+    def bids(self, cls, draft, t):
+        with torch.autocast(cls.device.type, enabled=False):
+            left, c = (cls - draft).float(), self.centres[t]
+            if not BIDGRAD: left, c = left.detach(), c.detach()
+            cost = c.square().sum(1) - 2 * left @ c.T
+            return -(cost - cost.mean(1, keepdim=True)) * self.scale[t]
+
+    def word(self, weights, t):
+        """What symbol t, (B, K), adds."""
+        with torch.autocast(weights.device.type, enabled=False):
+            return weights.float() @ self.centres[t]
+
+    def left(self, cls, draft, t):
+        """(B, d) twice -> (B, d): what symbol t should be about."""
+        return self.show(self.norms[t]((cls - draft).float()))
+
+    def forward(self, weights):
+        """(B, T, K) -> (B, T, d), the draft after each symbol."""
+        with torch.autocast(weights.device.type, enabled=False):
+            return torch.einsum("btk,tkd->btd", weights.float(), self.centres).cumsum(1)
+
+
+class Descriptor(nn.Module):
+    """D_S: says T symbols about the teacher's tokens, one after the other (paper, section 3.1)."""
+
+    def __init__(self, width, depth, heads, length):
+        super().__init__()
+        self.length = length
+        self.start = nn.Parameter(torch.randn(1, 1, width) * START_STD)
+        self.position = nn.Parameter(torch.randn(length, width) * START_STD)
+        # Standardised tokens look alike; the CLS, which knows most, is given a mark to be found by.
+        self.cls_mark = nn.Parameter(torch.randn(width))
+        self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
+        # BatchNorm, one per position, and not LayerNorm (our choice): it takes away what all pictures have
+        # in common, which otherwise decides the symbol, the same for every picture and every position.
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width, affine=False) for _ in range(length))
+
+    def forward(self, tokens, disc, draft=None, hard=False, attention=False):
+        """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the
+        next input, in training and in evaluation alike (our choice: no teacher forcing exists here)."""
+        cls, read, drafts = tokens[:, 0], torch.zeros_like(tokens[:, 0]), []
+        tokens = torch.cat([tokens[:, :1] + self.cls_mark, tokens[:, 1:]], 1)
+        contexts = [block.cross.keys_values(tokens) for block in self.blocks]   # once per picture
+        pasts, said, looked = [None] * len(self.blocks), [], []
+        gists = []
+        watched = len(self.blocks) - 1 if attention else None                   # the deepest layer (Figure 1)
+        embedding = self.start.expand(len(tokens), -1, -1)                      # (B, 1, d)
+        for t in range(self.length):
+            x = embedding + self.position[t]
+            if draft is not None:
+                x = x + draft.left(cls, read, t)[:, None]
+            for i, block in enumerate(self.blocks):
+                x, pasts[i] = block(x, contexts[i], pasts[i], looked=looked if i == watched else None)
+            h = self.norms[t](x[:, 0].float())
+            bids = 0
+            if draft is not None and BIDS:
+                gist = cls + draft.gist(h)
+                gists.append(gist)
+                bids = draft.bids(gist, read, t)
+            said.append(disc(h, hard, bids))
+            embedding = said[-1].embedding[:, None]
+            if draft is not None:
+                read = read + draft.word(said[-1].weights, t)
+            drafts.append(read)
+        self.gists = torch.stack(gists, 1) if gists else None
+        if attention:
+            # CLS stands for no place in the picture: leave it out, bring the rest back to a sum of 1.
+            looked = torch.cat(looked, 1)[..., 1:]                              # (B, T, N)
+            looked = looked / looked.sum(-1, keepdim=True)
+        stack = lambda name: torch.stack([getattr(s, name) for s in said], 1)   # noqa: E731
+        return Description(stack("ids"), stack("weights"), stack("embedding"), stack("logits"),
+                           torch.stack(drafts, 1), torch.stack([s.aux for s in said]).mean(), looked if attention else None)
+
+
+class Interpreter(nn.Module):
+    """E_S: reads the prefixes of 1, 2, 4, … T symbols back; z_s^(n) is its CLS output (section 3.2).
+
+    All prefixes lie side by side in one sequence, [CLS s1][CLS s1 s2][CLS s1 … s4] …, and a mask keeps
+    them apart: one pass instead of four, the same numbers.
+    """
+
+    def __init__(self, width, depth, heads, length):
+        super().__init__()
+        self.lengths = [2**j for j in range(length.bit_length())]
+        self.cls = nn.Parameter(torch.randn(1, 1, width) * START_STD)
+        self.position = nn.Parameter(torch.randn(length, width) * START_STD)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
+        group = torch.cat([torch.full((n + 1,), n) for n in self.lengths])
+        self.register_buffer("gather", torch.cat([torch.arange(n + 1) for n in self.lengths]), persistent=False)
+        self.first = [n - 1 + j for j, n in enumerate(self.lengths)]            # where the CLS of each prefix is
+        self.register_buffer("mask", group[:, None] == group[None, :], persistent=False)
+
+    def forward(self, embeddings):
+        """(B, T, d) -> (B, D, d), one row per prefix."""
+        x = torch.cat([self.cls.expand(len(embeddings), -1, -1), embeddings + self.position], 1)
+        x = x[:, self.gather]                                                   # (B, 2T - 1 + D, d)
+        for block in self.blocks:
+            x, _ = block(x, mask=self.mask)
+        return self.out(self.norm(x[:, self.first]))
+
+
+class Student(nn.Module):
+    """Descriptor, discretizer, interpreter and projector, and the space in which they see the teacher.
+
+    Space (our choice): the CLS token is centred and whitened by its covariance *within* pictures, between
+    augmented views, so that a unit is as much as an augmentation moves it, in every direction: the student
+    should say what lasts, and a teacher's few loud directions would otherwise be all that it says. Patch
+    tokens: mean 0 and deviation 1 in each dimension."""
+
+    def __init__(self, width, disc, projector, length=8, descriptor=(6, 8), interpreter=(12, 6), draft=True):
+        """descriptor and interpreter: (depth, heads). Raises ValueError for sizes that do not fit."""
+        super().__init__()
+        if length < 1 or length & (length - 1):
+            raise ValueError(f"--length must be a power of two (prefixes of 1, 2, 4, …), not {length}")
+        for name, (_, heads) in (("descriptor", descriptor), ("interpreter", interpreter)):
+            if width % heads:
+                raise ValueError(f"--{name}-heads {heads} does not divide the teacher's width {width}")
+        self.register_buffer("mean", torch.zeros(2, width))                     # of CLS, of patches
+        self.register_buffer("std", torch.ones(width))                          # of patches
+        self.register_buffer("whiten", torch.eye(width))                        # of CLS
+        self.register_buffer("origin", torch.zeros(width))                      # where z_s = 0 lies, for k-NN
+        self.descriptor = Descriptor(width, *descriptor, length)
+        self.interpreter = Interpreter(width, *interpreter, length)
+        for module in (*self.descriptor.modules(), *self.interpreter.modules()):
+            if isinstance(module, nn.Linear):       # PyTorch's own start is 1.7 times narrower, and with it
+                nn.init.xavier_uniform_(module.weight)      # every picture gets the same symbols
+                nn.init.zeros_(module.bias)
+        self.draft = Draft(width, length, disc.vocab) if draft else None
+        if draft: nn.init.zeros_(self.draft.gist.weight); nn.init.zeros_(self.draft.gist.bias)
+        self.disc, self.projector = disc, projector
+        self.lengths = self.interpreter.lengths
+
+    @torch.no_grad()
+    def fit_space(self, cls, patches, ridge=0.01):
+        """cls (2, B, d): two views each of B pictures; patches (M, N, d) of some. ridge: share of the largest
+        variance within pictures that is added to all of them (0.001 to 0.1 measured alike)."""
+        patches = patches.flatten(0, 1)
+        self.mean.copy_(torch.stack([cls.mean((0, 1)), patches.mean(0)]))
+        self.std.copy_(patches.std(0).clamp(min=1e-6))
+        moved = cls[0] - cls[1]                                                 # (B, d)
+        variance, axes = torch.linalg.eigh(moved.T @ moved / (2 * len(moved)))
+        whiten = axes * (variance + ridge * variance.max().clamp(min=1e-12)).rsqrt() @ axes.T
+        self.whiten.copy_(whiten / ((cls - self.mean[0]) @ whiten).square().mean().sqrt().clamp(min=1e-6))
+
+    def space(self, tokens):
+        """z_t (B, N+1, d) -> the same in the student's space; overall the CLS has mean 0, mean square 1."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            cls = (tokens[:, :1].float() - self.mean[0]) @ self.whiten
+            return torch.cat([cls, (tokens[:, 1:].float() - self.mean[1]) / self.std], 1)
+
+    def describe(self, tokens, hard=False, attention=False):
+        """z_t (B, N+1, d) -> Description. hard: argmax symbols, as in every reported figure."""
+        return self.descriptor(self.space(tokens), self.disc, self.draft, hard, attention)
+
+    def interpret(self, embeddings, weights, drafts=None):
+        """(B, T, d) -> z_s (B, D, d). drafts: those of the Description, not to compute them again."""
+        z_s = self.interpreter(embeddings)
+        if self.draft is None:
+            return z_s
+        drafts = self.draft(weights) if drafts is None else drafts
+        return z_s + drafts[:, [n - 1 for n in self.lengths]]
+
+
+class Anchors(nn.Module):
+    """P_S and P_T with prototypes that do not move: k-means centres c_k of the teacher's CLS (our addition).
+
+    The paper's P_T, an EMA of P_S, forgets whatever the student does not say yet, and the target gets
+    easy instead of the student good. These cannot forget. logit k = <z, c_k> / mean |c|^2: student and
+    teacher go through the same prototypes, so z_s must come to lie where the CLS does."""
+
+    def __init__(self, width, prototypes):
+        super().__init__()
+        self.register_buffer("centres", torch.zeros(prototypes, width))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, cls):
+        """k-means of CLS in the student's space (n, d), n at least P; raises ValueError for fewer."""
+        if len(cls) < len(self.centres):
+            raise ValueError(f"--prototypes {len(self.centres)} is more than the {len(cls)} pictures; lower it")
+        self.centres.copy_(discretize.kmeans(cls, len(self.centres)))
+        self.scale.copy_(self.centres.square().sum(1).mean().clamp(min=1e-6))
+
+    def forward(self, z):
+        """(..., d) -> (..., P)"""
+        with torch.autocast(z.device.type, enabled=False):
+            return z.float() @ self.centres.T / self.scale
+
+
+def build_student(config, width):
+    """Student and P_T for a teacher of this width; config: the flags of train.py as a dictionary."""
+    args = argparse.Namespace(**config)
+    if args.prototype_source == "kmeans":           # P_S and P_T are one and the same, and have no parameters
+        projector = head = Anchors(width, args.prototypes)
+    else:
+        projector = DINOHead(width, args.prototypes, args.hidden, args.bottleneck)
+        head = copy.deepcopy(projector).requires_grad_(False)
+    disc = discretize.build(args.disc, width, args.vocab, args)
+    student = Student(width, disc, projector, args.length, (args.descriptor_depth, args.descriptor_heads),
+                      (args.interpreter_depth, args.interpreter_heads), args.draft)
+    return student, head
+
+
+def load_checkpoint(path, device="cpu"):
+    """RUN/ckpt.pt of train.py -> (config, teacher, student), both frozen and in eval mode on `device`.
+    Raises FileNotFoundError, or ValueError for a damaged or foreign file or one that does not fit."""
+    state = read_weights(path)
+    if not {"config", "teacher", "student"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py (for a teacher's weights use --teacher)")
+    try:
+        teacher = teacher_from_state(state["teacher"])
+        student, _ = build_student(state["config"], teacher.width)
+        student.load_state_dict(state["student"])
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} does not fit this code: {' '.join(str(error).split())[:200]}") from None
+    return (state["config"], teacher.to(device), student.to(device).eval().requires_grad_(False))
