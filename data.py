@@ -198,7 +198,7 @@ def read_image(path, side):
     try:
         with Image.open(path, formats=FORMATS) as image:
             # A JPEG at 1/2, 1/4 or 1/8 of its size, while it stays twice as large as is wanted: a
-            # tenth of the time for 12 megapixels, and 0.2 grey levels of difference
+            # tenth of the time for 12 megapixels, and under 2 grey levels of difference
             image.draft("RGB", (2 * side, 2 * side))
             ImageOps.exif_transpose(image, in_place=True)
             # The crop comes before the resizing: 1 x 60000 pixels must not become gigabytes

@@ -57,6 +57,7 @@ def rank():
 
 
 def check_batch(size, accumulate=1):
+    """Raises ValueError when a batch of `size` cannot be cut into equal parts."""
     if size % (world() * accumulate):
         raise ValueError(f"--batch-size {size} is for the whole step: make it a multiple of "
                          f"{world()} (processes) x {accumulate} (--accumulate)")

@@ -241,7 +241,7 @@ def forward(teacher, student, head, softmax, images, temperature, args):
     return total, {name: value.detach().float() for name, value in log.items()}
 
 
-COUNTERS = ("epoch", "seconds", "at", "spent", "sums")
+COUNTERS = ("epoch", "seconds", "at", "spent", "sums")      # of a Trainer; they go into checkpoints
 
 
 class Trainer:

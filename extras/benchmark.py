@@ -172,6 +172,8 @@ class Clock:
         return self.read()
 
     def time(self, function, *inputs):
+        """Of the second call: the first finds caches and memory as another function left them."""
+        function(*inputs)
         start = self.now()
         function(*inputs)
         return self.now() - start
@@ -213,7 +215,6 @@ def product_seconds(device, clock):
     side = 8192 if clock.cuda else 2048
     dtype = evaluate.autocast(torch.device(device)).fast_dtype
     a = torch.randn(side, side, device=device).to(dtype)
-    a @ a                                                                       # wakes the library
     return clock.time(torch.matmul, a, a), 2 * side**3
 
 
@@ -248,11 +249,9 @@ def build(args):
 
 def compare(trainer, images, steps, clock):
     """A step, a plain step, a large product, in turns: medians, FLOPs, memory, as in the JSON."""
-    flops, times, plain_times, rates = count_flops(trainer.step, images, 0), [], [], []  # warms up
+    flops, times, plain_times, rates = count_flops(trainer.step, images, 0), [], [], []
     memory = peak_memory_mb(trainer.args.device)                        # before the plain version's
     plain = plain_parts(trainer)
-    with under(plain):
-        trainer.step(images, 0)
     for _ in range(steps):
         times.append(clock.time(trainer.step, images, 0))
         with under(plain):
@@ -276,7 +275,6 @@ def growth(args, steps, clock):
     "exponent"}}, the exponent of `exponent`."""
     def seconds(**changed):
         trainer, images = build(argparse.Namespace(**vars(args) | changed))
-        trainer.step(images, 0)
         return statistics.median(clock.time(trainer.step, images, 0) for _ in range(steps))
 
     once, rows = seconds(), {}

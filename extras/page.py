@@ -202,7 +202,7 @@ def tree(ids, known, thumbs):
 # ---- the page and the command --------------------------------------------------------------------
 
 def build(ids, attention, data, vocab, name, source, metrics=None, symbols=64):
-    """ids (n, T) in 0..vocab-1, attention (n, T, N), data: ImageSet of n images, `source`: words,
+    """ids (n, T) in 0..vocab-1, attention (n, T, N), data: ImageSet of n images, `source`: whose,
     metrics: rows of metrics.jsonl, symbols: full entries -> the page, a string."""
     (n, length), known, figures = ids.shape, attributes(data), code_figures(ids, vocab)
     names = [data.classes[c] if c >= 0 else "" for c in data.labels.tolist()]

@@ -113,6 +113,16 @@ def test_a_picture_is_its_central_square_however_long_it_is(tmp_path):
     assert data.read_image(tmp_path / "long.png", 256)[:, 7, 9].tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_decoded_small_is_the_same_picture(tmp_path, mode):
+    coarse = Image.fromarray(torch.randint(60, 200, (6, 9, 3), dtype=torch.uint8).numpy())
+    coarse.resize((900, 600), Image.Resampling.BICUBIC).convert(mode).save(tmp_path / "a.jpg")
+    whole = Image.open(tmp_path / "a.jpg").convert("RGB").crop((150, 0, 750, 600))
+    whole = np.array(whole.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    seen = data.read_image(tmp_path / "a.jpg", 32).permute(1, 2, 0).numpy()
+    assert whole.std() > 20 and abs(seen - whole).mean() < 2
+
+
 def test_only_formats_that_the_names_promise_are_opened(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")       # Pillow hands these to another program
     (tmp_path / "a.eps").rename(tmp_path / "a.png")

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import checkpoint
 import data
 import distributed
 import evaluate
@@ -182,8 +183,10 @@ def test_what_happens_to_one_ends_both(
     [p.join(120) for p in both]
     assert time.monotonic() - start < 60 and [p.exitcode for p in both] == status
     assert words in (tmp_path / "rank0.err").read_text()
-    trainer_epoch = torch.load(out / "ckpt.pt", weights_only=True)["epoch"]
-    assert 1 <= trainer_epoch < 1000
+    state, args = checkpoint.load(out / "ckpt.pt"), train.parse(tiny(*flags, "--resume"))
+    trainer, _, _ = train.start(args, *train.open_run(args))        # one process goes on from two
+    assert 1 <= state["epoch"] == trainer.epoch < 1000
+    assert trainer.train_epoch()["step"] == 4 * (state["epoch"] + 1)
 
 
 def test_batches_that_do_not_divide(monkeypatch):
