@@ -80,11 +80,12 @@ class Softmax(Discretizer):
         super().__init__(width, vocab, args)
         chosen = args.straight_through
         self.straight_through = self.good_straight_through if chosen is None else chosen
-        # No bias: it could only prefer a symbol for all images alike, the first step of collapse
-        self.to_logits = nn.Linear(width, vocab, bias=False)
-        # h has unit variance (it leaves a BatchNorm), so the logits have deviation SPREAD
-        unit = (getattr(args, "tau_start", None) or self.final_tau) if self.tempered else 1
-        nn.init.normal_(self.to_logits.weight, std=SPREAD * unit / math.sqrt(width))
+        if not getattr(args, "draft", False):                            # whose bids take its place
+            # No bias: it could only prefer a symbol for all images alike, the first step of collapse
+            self.to_logits = nn.Linear(width, vocab, bias=False)
+            # h has unit variance (it leaves a BatchNorm), so the logits have deviation SPREAD
+            unit = (getattr(args, "tau_start", None) or self.final_tau) if self.tempered else 1
+            nn.init.normal_(self.to_logits.weight, std=SPREAD * unit / math.sqrt(width))
         self.table = nn.Parameter(TABLE_STD * torch.randn(vocab, width))
 
     def weigh(self, logits):

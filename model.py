@@ -295,15 +295,17 @@ class Look(Attention):
         return lowered(self.to_kv.weight).unflatten(0, (2, self.heads, -1)).unbind()
 
     def forward(self, x, carriers, tokens, mark):
-        """x (B, 1, d) asks tokens (B, N+1, d), the first of them seen as tokens[:, 0] + mark (d,).
-        Returns what is seen, (B, 1, d), and the weights (B, heads, N+1), whose rows sum to 1."""
+        """x (B, 1, d) asks tokens (B, S, d), the first of them seen as tokens[:, 0] + mark (d,); None:
+        as it is. Returns what is seen, (B, 1, d), and the weights (B, heads, S), whose rows sum to 1."""
         to_k, to_v = carriers
         q = self.split(self.to_q(x))[:, :, 0] * to_k.shape[1] ** -0.5           # (B, heads, c)
         asked = torch.einsum("bhc,hcd->bhd", q, to_k)
-        of_mark = torch.einsum("bhd,d->bh", asked, mark)[..., None]     # for the first score
-        scores = asked @ tokens.transpose(1, 2) + F.pad(of_mark, (0, tokens.shape[1] - 1))
-        weights = scores.softmax(-1)                                            # (B, heads, N+1)
-        seen = weights @ tokens + weights[..., :1] * mark                       # (B, heads, d)
+        scores = asked @ tokens.transpose(1, 2)
+        if mark is not None:
+            of_mark = torch.einsum("bhd,d->bh", asked, mark)[..., None]     # for the first score
+            scores = scores + F.pad(of_mark, (0, tokens.shape[1] - 1))
+        weights = scores.softmax(-1)                                            # (B, heads, S)
+        seen = weights @ tokens if mark is None else weights @ tokens + weights[..., :1] * mark
         y = torch.einsum("bhd,hcd->bhc", seen, to_v).flatten(1) + self.to_kv.bias.chunk(2)[1]
         return self.out(y)[:, None], weights
 
@@ -361,8 +363,6 @@ class Draft(nn.Module):
         self.register_buffer("unit", torch.ones(length))
         self.gist = nn.Linear(width, width)
         self.show = nn.Linear(width, width)
-        nn.init.zeros_(self.gist.weight)
-        nn.init.zeros_(self.gist.bias)
 
     @torch.no_grad()
     def fit(self, cls):
@@ -394,13 +394,13 @@ class Draft(nn.Module):
 class Descriptor(nn.Module):
     """D_S: says T symbols about the teacher's tokens, one after the other (paper, section 3.1)."""
 
-    def __init__(self, width, depth, heads, length):
+    def __init__(self, width, depth, heads, length, see_cls):
         super().__init__()
-        self.length = length
+        self.length, self.see_cls = length, see_cls
         self.start = nn.Parameter(torch.randn(1, 1, width) * START_STD)
         self.position = nn.Parameter(torch.randn(length, width) * START_STD)
         # Standardised tokens look alike; the CLS, which knows most, is given a mark to be found by.
-        self.cls_mark = nn.Parameter(torch.randn(width))
+        self.cls_mark = nn.Parameter(torch.randn(width)) if see_cls else None
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
         # BatchNorm, one per position, and not LayerNorm (our choice): it takes away what all pictures have
         # in common, which otherwise decides the symbol, the same for every picture and every position.
@@ -411,10 +411,8 @@ class Descriptor(nn.Module):
         """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the
         next input, in training and in evaluation alike (our choice: no teacher forcing exists here)."""
         gist, read, bids = torch.zeros_like(tokens[:, 0]), torch.zeros_like(tokens[:, 0]), None
-        if draft is not None:
-            tokens = tokens[:, 1:]                  # with the CLS there would be nothing to look for
-        mark = self.cls_mark if draft is None else torch.zeros_like(self.cls_mark)
-        contexts = [(block.cross.carriers(), lowered(tokens), lowered(mark)) for block in self.blocks]
+        seen = (lowered(tokens), lowered(self.cls_mark)) if self.see_cls else (lowered(tokens[:, 1:]), None)
+        contexts = [(block.cross.carriers(), *seen) for block in self.blocks]
         pasts, said, looked, gists, drafts = [None] * len(self.blocks), [], [], [], []
         embedding = self.start[:, 0].expand(len(tokens), -1)                    # (B, d)
         for t in range(self.length):
@@ -437,7 +435,7 @@ class Descriptor(nn.Module):
             looked.append(weights.float().mean(1) if attention else None)   # of the deepest layer
         if attention:
             looked = torch.stack(looked, 1)                                     # (B, T, N + 1 or N)
-            if draft is None:       # CLS is no place in the picture: without it, to a sum of 1
+            if self.see_cls:        # it is no place in the picture: without it, to a sum of 1
                 looked = looked[..., 1:] / looked[..., 1:].sum(-1, keepdim=True)
         stack = lambda name: torch.stack([getattr(s, name) for s in said], 1)   # noqa: E731
         return Description(stack("ids"), stack("weights"), stack("embedding"), stack("logits"),
@@ -493,13 +491,15 @@ class Student(nn.Module):
         self.register_buffer("std", torch.ones(width))                          # of patches
         self.register_buffer("whiten", torch.eye(width))                        # of CLS
         self.register_buffer("origin", torch.zeros(width))                      # where z_s = 0 lies, for k-NN
-        self.descriptor = Descriptor(width, *descriptor, length)
+        self.descriptor = Descriptor(width, *descriptor, length, see_cls=not draft)     # it would be the answer
         self.interpreter = Interpreter(width, *interpreter, length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
             if isinstance(module, nn.Linear):       # PyTorch's own start is 1.7 times narrower, and with it
                 nn.init.xavier_uniform_(module.weight)      # every picture gets the same symbols
                 nn.init.zeros_(module.bias)
         self.draft = Draft(width, length, disc.vocab) if draft else None
+        if draft:
+            nn.init.zeros_(self.interpreter.out.weight)     # it corrects the draft, so it starts silent
         self.disc, self.projector = disc, projector
         self.lengths = self.interpreter.lengths
 

@@ -37,7 +37,7 @@ PRESETS = {
     "paper": dict(data="cifar10", straight_through=False, train_images=None, test_images=None, image_size=224, teacher="dino_vitb16",
                   vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
                   prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",
-                  pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, student_temp=0.1, balance=0.0, epochs=140,
+                  pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, student_temp=0.1, epochs=140,
                   draft=False, regression=0.0, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
 }
 
@@ -72,7 +72,7 @@ def parse(argv=None):
     add("--interpreter-depth", type=int, default=2, help="blocks")
     add("--interpreter-heads", type=int, default=4)
     add("--draft", action=argparse.BooleanOptionalAction, default=True,
-        help="show the descriptor what its symbols have left unsaid, by a linear reading of them; the paper: no")
+        help="symbols start as residual k-means of the CLS, which the descriptor must tell from the patches; the paper: no")
     add("--prototypes", type=int, default=1024, help="P, outputs of the projector; more for more varied data")
     add("--hidden", type=int, default=512, help="width of the projector's MLP with --prototype-source ema")
     add("--bottleneck", type=int, default=128, help="width in front of the prototypes with --prototype-source ema")
@@ -95,8 +95,8 @@ def parse(argv=None):
     add("--explore", choices=["base", "entropy", "info", "combined"], default="base", help="section 3.4")
     add("--alpha", type=float, default=0.01, help="weight of the symbols' entropy with --explore entropy, combined")
     add("--beta", type=float, default=0.05, help="weight of a sequence's information with --explore info, combined")
-    add("--balance", type=float, default=2.0,
-        help="weight of the entropy of the batch's mean prediction: keeps all symbols in use; 0: off, as in the paper")
+    add("--balance", type=float, default=0.0,
+        help="weight of the entropy of the batch's mean prediction; without a draft, 2 keeps all symbols in use")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=2)
     add("--lr", type=float, default=2e-3, help="peak; lower it for larger networks")

@@ -83,24 +83,31 @@ def plain_describe(student, tokens):
     """model.Student.describe with nothing kept: the whole prefix goes in again for each symbol.
     BatchNorm sees the newest position only, once, so its statistics are the fast version's."""
     descriptor, draft, tokens = student.descriptor, student.draft, student.space(tokens)
-    cls, read = tokens[:, 0], torch.zeros_like(tokens[:, 0])
-    tokens = torch.cat([tokens[:, :1] + descriptor.cls_mark, tokens[:, 1:]], 1)
-    prefix, said, drafts = [], [], []
+    gist, read = torch.zeros_like(tokens[:, 0]), torch.zeros_like(tokens[:, 0])
+    if descriptor.see_cls:
+        tokens = torch.cat([tokens[:, :1] + descriptor.cls_mark, tokens[:, 1:]], 1)
+    else:
+        tokens = tokens[:, 1:]
+    prefix, said, gists, drafts = [], [], [], []
     embedding = descriptor.start[0].expand(len(tokens), -1)                     # (B, d)
     for t in range(descriptor.length):
-        shown = 0 if draft is None else draft.left(cls, read, t)
+        shown = 0 if draft is None else draft.show(gist - read)
         prefix.append(embedding + descriptor.position[t] + shown)
         x = torch.stack(prefix, 1)                                              # (B, t + 1, d)
         for block in descriptor.blocks:
             x = plain_block(block, x, tokens)
-        said.append(student.disc(descriptor.norms[t](x[:, -1].float())))
+        h = descriptor.norms[t](x[:, -1].float())
+        gist = gist if draft is None else draft.gist(h)
+        said.append(student.disc(h, bids=None if draft is None else draft.bids(gist - read, t)))
         embedding = said[-1].embedding
-        read = read if draft is None else read + draft.word(embedding, t)
+        read = read if draft is None else read + draft.word(said[-1].weights, t)
+        gists.append(gist)
         drafts.append(read)
     ids, weights, embeddings, logits = (torch.stack([getattr(s, name) for s in said], 1)
                                         for name in ("ids", "weights", "embedding", "logits"))
     aux = torch.stack([s.aux for s in said]).mean()
-    return model.Description(ids, weights, embeddings, logits, torch.stack(drafts, 1), aux, None)
+    gists, drafts = torch.stack(gists, 1), torch.stack(drafts, 1)
+    return model.Description(ids, weights, embeddings, logits, gists, drafts, aux, None)
 
 
 def plain_interpret(student, embeddings, drafts):

@@ -40,7 +40,8 @@ BASE = {"softmax-128": "train.py --disc softmax --vocab 128"}
 DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"
          for vocab in SIZES for disc in ("softmax", "gumbel", "vq")}
 EXPLORE = BASE | {f"softmax-128-{name}": f"train.py --explore {name}" for name in STRATEGIES}
-# Table -> name of a row -> its command. Explorations and ablations change one thing of BASE each.
+# Table -> name of a row -> its command. Each exploration changes one thing of BASE; ablations go back
+# towards the paper step by step, with --balance where there is no draft to keep symbols in use.
 TABLES = {
     "discretizer (Table 1)": DISCS
     | {f"vqvae-{vocab}": f"-m extras.vqvae --overwrite --vocab {vocab}" for vocab in SIZES}
@@ -51,10 +52,11 @@ TABLES = {
     | {f"kmeans-{vocab}": f"-m extras.baselines --vocab {vocab}" for vocab in (64, 32, 16)},
     "exploration (Table 2)": EXPLORE,
     "ablation": BASE | {
-        "softmax-128-no-draft": "train.py --no-draft",
-        "softmax-128-no-regression": "train.py --no-draft --regression 0",
-        "softmax-128-no-balance": "train.py --balance 0",
-        "softmax-128-ema": "train.py --no-draft --regression 0 --prototype-source ema "
+        "softmax-128-balance": "train.py --balance 2",
+        "softmax-128-no-draft": "train.py --no-draft --balance 2",
+        "softmax-128-no-draft-no-balance": "train.py --no-draft",
+        "softmax-128-no-regression": "train.py --no-draft --balance 2 --regression 0",
+        "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --prototype-source ema "
                            "--centering centre --teacher-temp 0.07 --teacher-temp-start 0.04"},
 }
 EXPERIMENTS = {f"{data}-{name}": f"{command} {flags}".strip() for data, flags in DATA.items()

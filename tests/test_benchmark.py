@@ -93,8 +93,8 @@ def test_flops_by_hand(tiny_trainer):
     # multiply-adds of a picture: linear layers, then what attention asks and answers
     teacher = 4 * (3 * 4 * 4) * d + tokens * 12 * d**2 + 2 * tokens**2 * d
     position = (4 + 4 + 8) * d**2                          # self-attention, look (each W once), MLP
-    look = 2 * heads * tokens * d + heads * d               # scores, the mean of tokens; the mark
-    say = 2 * vocab * d + 2 * d**2                    # logits, embedding; the draft's word and show
+    look = 2 * heads * (tokens - 1) * d                     # scores, the mean of the patches
+    say = 2 * vocab * d + 2 * d**2 + vocab * d              # bids, embedding; gist, show; the draft
     past = sum(2 * (t + 1) * d for t in range(length))
     descriptor = d**2 + length * (position + look + say) + past
     rows = 2 + 3 + 5 + 9                                    # each prefix and its CLS, side by side

@@ -266,9 +266,9 @@ class ToyStudent(torch.nn.Module):
         weights = F.one_hot(ids, 4).float()
         if not hard:
             weights = 0.9 * weights + 0.025
-        return SimpleNamespace(ids=ids, embeddings=weights @ self.table)
+        return SimpleNamespace(ids=ids, embeddings=weights @ self.table, drafts=weights)
 
-    def interpret(self, embeddings):
+    def interpret(self, embeddings, drafts):
         z = torch.stack([embeddings[:, 0], embeddings.mean(1)], 1)
         return z + 1e-7 * torch.arange(len(z))[:, None, None]
 

@@ -20,7 +20,7 @@ def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairi
     trainer = tiny_trainer("--disc", "vq", "--views", "3", "--lam", "0.5", "--explore", "combined",
                            "--pairing", pairing, "--student-temp", "0.1")
     args, student, images = trainer.args, trainer.student, trainer.images[:5]
-    for norm in (*student.descriptor.norms.eval(), *student.draft.norms.eval()):    # in training they would couple views
+    for norm in student.descriptor.norms.eval():                    # in training they would couple views
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
     views = torch.randn(3, 5, 3, 8, 8)
@@ -35,7 +35,7 @@ def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairi
         products = torch.einsum("bd,pd->bp", y[-1], trainer.head.centres) / trainer.head.scale
         p_t.append((products / 0.07).softmax(-1))
         said.append(student.describe(tokens))
-        z_s.append(student.interpret(said[-1].embeddings))
+        z_s.append(student.interpret(said[-1].embeddings, said[-1].drafts))
         p_s.append(student.projector(z_s[-1]) / 0.1)                    # (B, 4, P)
     target = [p_t[i] if pairing == "same" else (sum(p_t) - p_t[i]) / 2 for i in range(3)]
     loss = sum(0.5 ** (j + 1) * F.cross_entropy(p_s[i][:, j], target[i]) / 3
@@ -49,6 +49,7 @@ def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairi
     assert close(log["dino_loss"], loss) and close(log["aux"], aux)
     error = sum((z[:, j] - v).square().mean() / 12 for z, v in zip(z_s, y) for j in range(4))
     error += sum((s.drafts[:, t] - v).square().mean() / 24 for s, v in zip(said, y) for t in range(8))
+    error += sum((s.gists[:, t] - v).square().mean() / 8 for s, v in zip(said, y) for t in range(8))
     assert close(total, loss + aux + args.regression * error + explore) and log["loss"] == total
     full = sum((z[:, 3] - v).square().mean() / 3 for z, v in zip(z_s, y))
     assert close(log["unexplained"], full)

@@ -273,7 +273,7 @@ def test_checkpoint_round_trip(tiny_trainer, tmp_path, disc):
         original = trainer.student.eval()
         said, ours = (s.describe(teacher(x), hard=True) for s in (student, original))
         assert torch.equal(said.ids, ours.ids) and torch.equal(said.logits, ours.logits)
-        z, z_ours = (s.interpret(said.embeddings) for s in (student, original))
+        z, z_ours = (s.interpret(said.embeddings, said.drafts) for s in (student, original))
         assert torch.equal(z, z_ours)
     assert student.mean.abs().sum() > 0 and teacher(x).equal(trainer.teacher(x))
     assert model.build_teacher(tmp_path / "ckpt.pt")(x).equal(teacher(x))  # a teacher's file, too
