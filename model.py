@@ -355,11 +355,12 @@ class Draft(nn.Module):
 
     gist_t is the CLS as the descriptor imagines it when it says symbol t: it sees the patches alone,
     and learns to tell the CLS from them (losses.regression_loss). So a symbol is about what those
-    before it left unsaid, and training starts from residual k-means (`fit`), not below it."""
+    before it left unsaid, and the language is residual k-means (`fit`) as far as patches tell the CLS."""
 
     def __init__(self, width, length, vocab):
         super().__init__()
-        self.centres = nn.Parameter(torch.randn(length, vocab, width))          # c_tk
+        # c_tk; fixed, because learning on augmented views would move them away from pictures as they are
+        self.register_buffer("centres", torch.randn(length, vocab, width))
         self.register_buffer("unit", torch.ones(length))
         self.gist = nn.Linear(width, width)
         self.show = nn.Linear(width, width)
@@ -369,15 +370,14 @@ class Draft(nn.Module):
         """Residual k-means of CLS in the student's space, (n, d). A unit is one deviation of the squared
         distances, so that bids have deviation 1 at every place, however little is left there."""
         for t, centres in enumerate(self.centres):
-            centres.copy_(discretize.kmeans(cls, len(centres)))
+            centres.copy_(discretize.kmeans(cls, len(centres), 25))
             distance = torch.cdist(cls, centres)                                # (n, K)
             self.unit[t] = distance.square().std().clamp(min=1e-6)
             cls = cls - centres[distance.argmin(1)]
 
     def bids(self, left, t):
-        """left (B, d) to be said -> (B, K), up to what is the same for all symbols. No gradient for the
-        centres: they learn from what they add to the draft."""
-        centres = self.centres[t].detach()
+        """left (B, d) to be said -> (B, K), up to what is the same for all symbols."""
+        centres = self.centres[t]
         with torch.autocast(left.device.type, enabled=False):
             return (2 * left.float() @ centres.T - centres.square().sum(1)) / self.unit[t]
 

@@ -81,7 +81,7 @@ def parse(argv=None):
     add("--prototype-source", choices=["ema", "kmeans"], default="kmeans",
         help="P_T: the EMA of P_S (the paper), or P_T = P_S = fixed k-means centres of the teacher's CLS (holds more)")
     add("--regression", type=float, default=3.0,
-        help="weight of the squared error of z_s and drafts from the teacher's CLS itself; 0: off, as in the paper")
+        help="weight of the squared error of z_s and gists from the teacher's CLS itself; 0: off, as in the paper")
     add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 favours the full sequence")
@@ -132,7 +132,7 @@ def check(args):
     if args.save_minutes < 0:
         raise ValueError(f"--save-minutes must not be below 0, and is {args.save_minutes}")
     if args.draft and not args.regression:
-        raise ValueError("--draft learns to read by --regression; set it above 0, or add --no-draft")
+        raise ValueError("--draft learns what to say by --regression; set it above 0, or add --no-draft")
     distributed.check_batch(args.batch_size, args.accumulate)
     if args.cache_views and args.cache_views < args.views:
         raise ValueError(f"--cache-views {args.cache_views} are too few for --views {args.views}")
@@ -226,7 +226,7 @@ def forward(teacher, student, head, softmax, images, temperature, args):
     z_s = student.interpret(said.embeddings, said.drafts)                       # (V*B, D, d)
     logits = student.projector(z_s).transpose(0, 1).unflatten(1, (v, b))        # p_s (D, V, B, P)
     loss, entropies = losses.granular_dino_loss(p_t, logits, args.lam, args.student_temp, args.pairing)
-    regression, unexplained = losses.regression_loss(y, z_s, said.drafts, said.gists)
+    regression, unexplained = losses.regression_loss(y, z_s, said.gists)
     total = loss + said.aux + args.regression * regression + losses.exploration_loss(
         said.weights, said.logits, args.explore, args.alpha, args.beta, args.balance)
     with torch.no_grad():
