@@ -491,6 +491,7 @@ class Student(nn.Module):
         self.register_buffer("std", torch.ones(width))                          # of patches
         self.register_buffer("whiten", torch.eye(width))                        # of CLS
         self.register_buffer("origin", torch.zeros(width))                      # where z_s = 0 lies, for k-NN
+        self.register_buffer("memory", torch.zeros(0, width), persistent=False)     # pictures' CLS, for `smooth`
         self.descriptor = Descriptor(width, *descriptor, length, see_cls=not draft)     # it would be the answer
         self.interpreter = Interpreter(width, *interpreter, length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
@@ -520,6 +521,14 @@ class Student(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             cls = (tokens[:, :1].float() - self.mean[0]) @ self.whiten
             return torch.cat([cls, (tokens[:, 1:].float() - self.mean[1]) / self.std], 1)
+
+    def smooth(self, y, neighbours):
+        """CLS in the student's space, (n, d) -> the same, moved half the way to the mean of its nearest in
+        `memory`: what a picture shares with its neighbours lasts, and is to be said first. 0: as it is."""
+        if not neighbours:
+            return y
+        near = torch.cdist(y, self.memory).topk(neighbours, largest=False).indices
+        return (y + self.memory[near].mean(1)) / 2
 
     def describe(self, tokens, hard=False, attention=False):
         """z_t (B, N+1, d) -> Description. hard: argmax symbols, as in every reported figure."""

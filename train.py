@@ -38,7 +38,7 @@ PRESETS = {
                   vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
                   prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",
                   pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, student_temp=0.1, epochs=140,
-                  draft=False, regression=0.0, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
+                  draft=False, neighbours=0, regression=0.0, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
 }
 
 
@@ -82,6 +82,8 @@ def parse(argv=None):
         help="P_T: the EMA of P_S (the paper), or P_T = P_S = fixed k-means centres of the teacher's CLS (holds more)")
     add("--regression", type=float, default=3.0,
         help="weight of the squared error of z_s and gists from the teacher's CLS itself; 0: off, as in the paper")
+    add("--neighbours", type=int, default=10,
+        help="a picture's target lies half-way between its CLS and the mean of the nearest so many; 0: off, the paper")
     add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 favours the full sequence")
@@ -154,7 +156,7 @@ def split_held_out(pictures, seed):
 
 @torch.no_grad()
 def fit_teacher_statistics(teacher, student, head, pictures, args):
-    """The student's space from two views of 4000 pictures; k-means anchors from up to 20 000 pictures."""
+    """The student's space from two views of 4000 pictures; k-means of up to 20 000 pictures' targets."""
     augment, size = data.augmentation(args.data, args.image_size), args.image_size
 
     def encode(x):
@@ -168,11 +170,22 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
     student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
     if args.regression:                             # z_s lies in the CLS's space, so cosines start where its do
         student.origin.copy_(student.mean[0] @ student.whiten)
-    if isinstance(head, model.Anchors) or student.draft:
-        plain = torch.cat([student.space(encode(data.normalize(x, size))[:, :1])[:, 0] for x in batches(20000)])
-        for part in (head, student.draft):
-            if hasattr(part, "fit"):
-                part.fit(plain)
+    remember(teacher, student, pictures, args)
+    targets = torch.cat([student.smooth(y, args.neighbours) for y in student.memory.split(1000)])
+    for part in (head, student.draft):
+        if isinstance(part, (model.Anchors, model.Draft)):
+            part.fit(targets)
+
+
+@torch.no_grad()
+def remember(teacher, student, pictures, args):
+    """Up to 20 000 pictures as they are, through teacher and space, into student.memory."""
+    def encode(x):
+        with evaluate.autocast(torch.device(args.device)):
+            tokens = teacher(data.normalize(x.to(args.device), args.image_size))
+        return student.space(tokens[:, :1])[:, 0]
+
+    student.memory = torch.cat([encode(x) for x in pictures.images[:20000].split(args.batch_size)])
 
 
 def free_memory():
@@ -220,7 +233,7 @@ def forward(teacher, student, head, softmax, images, temperature, args):
     v, b = args.views, len(images)
     with torch.no_grad():
         tokens = see(teacher, images, args)                                     # z_t (V*B, N+1, d)
-        y = student.space(tokens[:, :1])[:, 0]                                  # its CLS, in the student's space
+        y = student.smooth(student.space(tokens[:, :1])[:, 0], args.neighbours)     # its CLS, in the student's space
         p_t = softmax(head(y).unflatten(0, (v, b)), temperature)                # (V, B, P)
     said = student.describe(tokens)                                             # T symbols each
     z_s = student.interpret(said.embeddings, said.drafts)                       # (V*B, D, d)
@@ -442,6 +455,7 @@ def start(args, out, state):
     if state:
         keeper.check_data(state)
         trainer.load(state)
+        remember(teacher, student, pictures, args)              # too large for a checkpoint
     else:
         fit_teacher_statistics(teacher, student, head, pictures, args)
         distributed.start_alike(student, head)

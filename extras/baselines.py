@@ -115,7 +115,7 @@ def parse(argv=None):
     p.add_argument("--space", action="store_true",
                    help="on the CLS as the student sees it, whitened within pictures")
     p.add_argument("--json", type=Path, help="also write the figures there")
-    p.set_defaults(batch_size=64, regression=1.0)           # what train.py's fit of the space reads
+    p.set_defaults(batch_size=64, regression=1.0, neighbours=0)     # what train.py's fit of the space reads
     return p.parse_args(argv)
 
 

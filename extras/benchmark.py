@@ -248,6 +248,7 @@ def build(args):
     student, head = (m.to(args.device) for m in model.build_student(vars(args), teacher.width))
     if isinstance(head, model.Anchors):
         head.centres.normal_()
+    student.memory = torch.randn(20000, teacher.width, device=args.device)
     shape = args.batch_size, 3, args.image_size, args.image_size
     images = torch.randint(256, shape, dtype=torch.uint8)
     student.train()

@@ -216,6 +216,14 @@ def test_space_whitens_what_augmentation_moves():
     assert close(out[:, 1:].std((0, 1)), torch.ones(D), 1e-3)
 
 
+def test_smoothing_by_hand():
+    student = make_student()
+    student.memory = torch.tensor([0.0, 1, 2, 10])[:, None].expand(-1, D)
+    y = torch.tensor([0.8, 7])[:, None].expand(-1, D)                   # nearest two: 1 and 0; 10 and 2
+    assert close(student.smooth(y, 2)[:, 0], torch.tensor([(0.8 + 0.5) / 2, (7 + 6) / 2]))
+    assert student.smooth(y, 0) is y
+
+
 def test_space_of_views_that_do_not_move():
     student, tokens = make_student(), torch.randn(20, N + 1, D)
     student.fit_space(tokens[:, 0].expand(2, -1, -1), tokens[:, 1:])
