@@ -372,8 +372,9 @@ class Draft(nn.Module):
         for t, centres in enumerate(self.centres):
             centres.copy_(discretize.kmeans(cls, len(centres), 25))
             distance = torch.cdist(cls, centres)                                # (n, K)
-            self.unit[t] = distance.square().std().clamp(min=1e-6)
+            self.unit[t] = distance.square().std()
             cls = cls - centres[distance.argmin(1)]
+        self.unit.clamp_(min=0.001 * self.unit[0].item() + 1e-6)     # few pictures leave nothing to say
 
     def bids(self, left, t):
         """left (B, d) to be said -> (B, K), up to what is the same for all symbols."""

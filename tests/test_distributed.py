@@ -136,7 +136,8 @@ def learn(file, name, words):
 @pytest.mark.parametrize("flags", [
     "--disc softmax",
     "--disc vq --views 1 --vq-restart 0.5",         # one view: then its vectors come in one order
-    "--disc gumbel --views 1 --prototype-source ema --centering sinkhorn"],     # and the noise
+    # and the noise; 76 pictures leave little for later symbols to say, where rounding would grow
+    "--disc gumbel --views 1 --length 2 --prototype-source ema --centering sinkhorn"],
     ids=lambda flags: flags.split()[1])
 def test_two_processes_learn_what_one_does(
         tiny, tmp_path, fork_quickly, monkeypatch, flags):                      # noqa: F811
