@@ -397,7 +397,7 @@ class Descriptor(nn.Module):
 
     def __init__(self, width, depth, heads, length, see_cls):
         super().__init__()
-        self.length, self.see_cls = length, see_cls
+        self.length = length
         self.start = nn.Parameter(torch.randn(1, 1, width) * START_STD)
         self.position = nn.Parameter(torch.randn(length, width) * START_STD)
         # Standardised tokens look alike; the CLS, which knows most, is given a mark to be found by.
@@ -412,7 +412,7 @@ class Descriptor(nn.Module):
         """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the
         next input, in training and in evaluation alike (our choice: no teacher forcing exists here)."""
         gist, read, bids = torch.zeros_like(tokens[:, 0]), torch.zeros_like(tokens[:, 0]), None
-        seen = (lowered(tokens), lowered(self.cls_mark)) if self.see_cls else (lowered(tokens[:, 1:]), None)
+        seen = (lowered(tokens[:, 1:]), None) if draft else (lowered(tokens), lowered(self.cls_mark))
         contexts = [(block.cross.carriers(), *seen) for block in self.blocks]
         pasts, said, looked, gists, drafts = [None] * len(self.blocks), [], [], [], []
         embedding = self.start[:, 0].expand(len(tokens), -1)                    # (B, d)
@@ -436,7 +436,7 @@ class Descriptor(nn.Module):
             looked.append(weights.float().mean(1) if attention else None)   # of the deepest layer
         if attention:
             looked = torch.stack(looked, 1)                                     # (B, T, N + 1 or N)
-            if self.see_cls:        # it is no place in the picture: without it, to a sum of 1
+            if draft is None:       # CLS is no place in the picture: without it, to a sum of 1
                 looked = looked[..., 1:] / looked[..., 1:].sum(-1, keepdim=True)
         stack = lambda name: torch.stack([getattr(s, name) for s in said], 1)   # noqa: E731
         return Description(stack("ids"), stack("weights"), stack("embedding"), stack("logits"),

@@ -131,6 +131,8 @@ def check(args):
         value = getattr(args, name)
         if value is not None and value <= 0:                                    # None: all images
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.neighbours < 0:
+        raise ValueError(f"--neighbours must not be below 0, and is {args.neighbours}")
     if args.save_minutes < 0:
         raise ValueError(f"--save-minutes must not be below 0, and is {args.save_minutes}")
     if args.draft and not args.regression:
@@ -185,7 +187,10 @@ def remember(teacher, student, pictures, args):
             tokens = teacher(data.normalize(x.to(args.device), args.image_size))
         return student.space(tokens[:, :1])[:, 0]
 
-    student.memory = torch.cat([encode(x) for x in pictures.images[:20000].split(args.batch_size)])
+    images = pictures.images[:20000]
+    if args.neighbours > len(images):
+        raise ValueError(f"--neighbours {args.neighbours} is more than the {len(images)} pictures; lower it")
+    student.memory = torch.cat([encode(x) for x in images.split(args.batch_size)])
 
 
 def free_memory():

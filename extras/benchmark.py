@@ -84,7 +84,7 @@ def plain_describe(student, tokens):
     BatchNorm sees the newest position only, once, so its statistics are the fast version's."""
     descriptor, draft, tokens = student.descriptor, student.draft, student.space(tokens)
     gist, read = torch.zeros_like(tokens[:, 0]), torch.zeros_like(tokens[:, 0])
-    if descriptor.see_cls:
+    if draft is None:
         tokens = torch.cat([tokens[:, :1] + descriptor.cls_mark, tokens[:, 1:]], 1)
     else:
         tokens = tokens[:, 1:]

@@ -53,11 +53,12 @@ TABLES = {
     "exploration (Table 2)": EXPLORE,
     "ablation": BASE | {
         "softmax-128-balance": "train.py --balance 2",
+        "softmax-128-no-neighbours": "train.py --neighbours 0",
         "softmax-128-no-draft": "train.py --no-draft --balance 2",
         "softmax-128-no-draft-no-balance": "train.py --no-draft",
         "softmax-128-no-regression": "train.py --no-draft --balance 2 --regression 0",
-        "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --prototype-source ema "
-                           "--centering centre --teacher-temp 0.07 --teacher-temp-start 0.04"},
+        "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --neighbours 0 "
+                           "--prototype-source ema --centering centre --teacher-temp 0.07 --teacher-temp-start 0.04"},
 }
 EXPERIMENTS = {f"{data}-{name}": f"{command} {flags}".strip() for data, flags in DATA.items()
                for recipes in TABLES.values() for name, command in recipes.items()}

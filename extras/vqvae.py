@@ -1,6 +1,6 @@
 """The VQ-VAE baseline (van den Oord et al. 2017): the symbols that rebuild the pixels best.
 
-    python -m extras.vqvae                              # shapes: about 4 minutes on one CPU core
+    python -m extras.vqvae                              # shapes, 128 symbols
     python -m extras.vqvae --vocab 512 --seed 1 --out runs/vqvae-512
     python -m extras.vqvae --data folder:cifar10 --teacher cifar10
 
