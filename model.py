@@ -32,7 +32,7 @@ def attend(q, k, v, mask=None):
     faster than all of PyTorch's kernels there (measured in bf16)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+    scores = q * q.shape[-1] ** -0.5 @ k.contiguous().transpose(-1, -2)         # or matmul's own copy, a slower one
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v
@@ -256,6 +256,66 @@ def build_teacher(name, random_weights=False):
     return read_teacher(shipped if shipped.is_file() else name)
 
 
+# ------------------------------------------------------------- layers that every symbol goes through
+
+class Collect(torch.autograd.Function):
+    """weight and bias of a layer, as all its calls see them. Its backward comes after those of the calls,
+    which left (x, gradient) in `calls`, and makes the weight's gradient of all of them in one product."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, calls):
+        ctx.calls = calls
+        ctx.set_materialize_grads(False)
+        return lowered(weight.view_as(weight)), lowered(bias.view_as(bias))
+
+    @staticmethod
+    def backward(ctx, *_):
+        x, gradient = (torch.cat(rows) for rows in zip(*ctx.calls))     # (calls * B, d)
+        ctx.calls.clear()
+        return gradient.T @ x, gradient.sum(0), None
+
+
+class Call(torch.autograd.Function):
+    """F.linear with what `Collect` gave; gradients of weight and bias are left to it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, calls):
+        x = lowered(x)
+        ctx.save_for_backward(x, weight)
+        ctx.calls = calls
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        ctx.calls.append((x.flatten(0, -2), gradient.flatten(0, -2)))
+        return gradient @ weight, None, None, None
+
+
+class Linear(nn.Linear):
+    """nn.Linear; within `collected` the gradients of all its calls are made together."""
+
+    shared = None
+
+    def forward(self, x):
+        return super().forward(x) if self.shared is None else Call.apply(x, *self.shared)
+
+
+@contextlib.contextmanager
+def collected(*modules):
+    """For a loop that calls each Linear in `modules` T times on a few rows: weights are cast once, and
+    have one gradient of T times the rows instead of a sum of T. The same numbers, to rounding."""
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Linear)]
+    for layer in layers:
+        calls = []
+        layer.shared = (*Collect.apply(layer.weight, layer.bias, calls), calls)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.shared = None
+
+
 # ------------------------------------------------------------- student: D_S, discretizer, E_S, P_S
 
 START_STD = 0.3     # of start token, CLS and positions: as the symbols' embeddings, so that neither drowns the other
@@ -267,7 +327,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_kv, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
+        self.to_q, self.to_kv, self.out = (Linear(width, n * width) for n in (1, 2, 1))
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                # (B, L, d) -> (B, heads, L, d/heads)
@@ -319,7 +379,7 @@ class Block(nn.Module):
         if cross:
             self.norm_cross, self.cross = nn.LayerNorm(width), Look(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(self, x, context=None, past=None, mask=None):
         """x (B, L, d); context: what `Look` is given, L is 1 then; past: keys and values of earlier
@@ -362,8 +422,8 @@ class Draft(nn.Module):
         # c_tk; fixed, because learning on augmented views would move them away from pictures as they are
         self.register_buffer("centres", torch.randn(length, vocab, width))
         self.register_buffer("unit", torch.ones(length))
-        self.gist = nn.Linear(width, width)
-        self.show = nn.Linear(width, width)
+        self.gist = Linear(width, width)
+        self.show = Linear(width, width)
 
     @torch.no_grad()
     def fit(self, cls):
@@ -533,7 +593,8 @@ class Student(nn.Module):
 
     def describe(self, tokens, hard=False, attention=False):
         """z_t (B, N+1, d) -> Description. hard: argmax symbols, as in every reported figure."""
-        return self.descriptor(self.space(tokens), self.disc, self.draft, hard, attention)
+        with collected(self.descriptor, *filter(None, [self.draft])):
+            return self.descriptor(self.space(tokens), self.disc, self.draft, hard, attention)
 
     def interpret(self, embeddings, drafts):
         """Those of a Description, (B, T, d) each -> z_s (B, D, d)."""

@@ -410,6 +410,12 @@ def config_of(args):
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
 
 
+def machine(device):
+    """What a run's figures of speed depend on."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
+            "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None}
+
+
 def open_run(args):
     """The run directory; the state to resume from, or None. Raises ValueError rather than overwrite."""
     name = f"{args.data.replace(':', '-').replace('/', '-')}-{args.disc}-{args.vocab}-s{args.seed}"
@@ -439,10 +445,8 @@ def first_files(args, out, trainer, fresh):
     for name in ("ckpt.pt", "ckpt.prev.pt", "results.json") if fresh else ():
         (out / name).unlink(missing_ok=True)                # --overwrite: they are another run's
     checkpoint.cut_log(out / "metrics.jsonl", "epoch", trainer.epoch)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine(),
-               "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None}
     checkpoint.write(out / "config.json", lambda part: part.write_text(
-        json.dumps(config_of(args) | {"machine": machine}, indent=1) + "\n"))
+        json.dumps(config_of(args) | {"machine": machine(args.device)}, indent=1) + "\n"))
 
 
 def start(args, out, state):

@@ -39,12 +39,6 @@ def add_flags(p):
                    help="for the networks; k-means and probes run on the CPU")
 
 
-def machine(device):
-    """What the figures came from, as train.py writes it."""
-    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "gpu": gpu}
-
-
 def percentages(train_x, train_y, test_x, test_y, linear=True):
     """The figures of evaluate.score as a flat row: k-NN (mean over k) and, unless there are so many
     features that it takes minutes, the linear probe; top-1 and top-5 in %."""
@@ -102,7 +96,7 @@ def run(args):
                              for key, value in row.items() if key != "perplexity"))
     if args.json:
         facts = {"config": {k: str(v) for k, v in vars(args).items()},
-                 "machine": machine(args.device), "seconds": round(time.time() - start, 1)}
+                 "machine": train_script.machine(args.device), "seconds": round(time.time() - start, 1)}
         checkpoint.write(args.json, lambda part: part.write_text(
             json.dumps(facts | figures, indent=1) + "\n"))
 

@@ -1,7 +1,7 @@
 """How fast a training step is, where its time goes, and what the code gains over the plain way.
 
     python -m extras.benchmark --size small --json small.json  # train.py's defaults
-    python -m extras.benchmark --size paper --steps 2          # ViT-B/16, 224 px; 4 pictures
+    python -m extras.benchmark --size paper --steps 2          # ViT-B/16, 224 px; 8 pictures
     python -m extras.benchmark --size small --growth           # by batch, length, vocabulary, views
 
 Pictures are random, and weights where the size has none at hand: that does not change the time. The
@@ -318,7 +318,7 @@ def parse(argv=None):
     add("--size", choices=SIZES, default="small",
         help="small: train.py's defaults; cifar10: its teacher, 32 px; paper: the paper's networks")
     add("--batch-size", type=int,
-        help="pictures a step; not given: the size's own, and 4 for paper on a CPU")
+        help="pictures a step; not given: the size's own, and 8 for paper on a CPU")
     add("--views", type=int, help="per picture; not given: the size's own")
     add("--steps", type=int, default=5, help="of each kind; raise when medians differ between runs")
     add("--growth", action="store_true",
@@ -339,7 +339,7 @@ def run(flags):
     args = train.parse([*SIZES[flags.size].split(), "--device", flags.device])
     args.views = args.views if flags.views is None else flags.views
     if flags.batch_size is not None or (flags.size, flags.device) == ("paper", "cpu"):
-        args.batch_size = 4 if flags.batch_size is None else flags.batch_size
+        args.batch_size = 8 if flags.batch_size is None else flags.batch_size
     trainer, images = build(args)
     clock = Clock(flags.device, flags.clock == "cpu")
     processor = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"

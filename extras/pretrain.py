@@ -10,8 +10,10 @@ teacher's output for the other views:
 
     L = mean over pairs i != j of H(p_t^(i), p_s^(j))                          (DINO, equation 3)
 
-Writes OUT/metrics.jsonl, OUT/ckpt.pt (everything, to resume) and OUT/teacher.pt (the ViT alone, half
-precision: give it to train.py as --teacher OUT/teacher.pt).
+Writes OUT/metrics.jsonl, OUT/ckpt.pt (everything, to resume), OUT/teacher.pt (the ViT alone, half
+precision: give it to train.py as --teacher OUT/teacher.pt) and at the end OUT/results.json: k-NN of the
+6000 pictures held out, all others being the gallery. Lines of the log have the speed, and the share that
+it is of a large product's FLOP/s on this machine, measured when the run starts.
 """
 import argparse
 import copy
@@ -27,8 +29,9 @@ import data
 import distributed
 import evaluate
 import losses
+from extras.benchmark import Clock, count_flops, product_seconds
 from model import DINOHead, small_vit
-from train import config_of
+from train import config_of, machine
 
 
 def parse(argv=None):
@@ -63,6 +66,7 @@ def parse(argv=None):
     add("--momentum", type=float, default=0.99, help="of the teacher's EMA, to 1 by a cosine; long runs: 0.996")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=5)
+    add("--stop", type=float, help="end after so many of --epochs, the schedule being theirs; --resume goes on")
     add("--lr", type=float, default=1e-3, help="peak, whatever the batch size")
     add("--lr-end", type=float, default=1e-5)
     add("--warmup", type=int, default=200, help="steps")
@@ -88,16 +92,28 @@ def forward(net, crops):
 
 
 @torch.no_grad()
-def knn(backbone, held_out, args):
-    """Weighted k-NN (k = 20) top-1 in % of the teacher's CLS: 1000 held-out pictures ask, 5000 are the gallery."""
+def features(backbone, images, args):
+    """uint8 pictures (n, 3, S, S) -> the teacher's CLS (n, d), on the CPU."""
     backbone.eval()
-    parts = []
     with evaluate.autocast(torch.device(args.device)):
-        for batch in held_out.images.split(500):
-            parts.append(backbone(data.normalize(batch.to(args.device), args.image_size))[:, 0].float().cpu())
+        parts = [backbone(data.normalize(batch.to(args.device), args.image_size))[:, 0].float().cpu()
+                 for batch in images.split(500)]
     backbone.train()
-    x, y, asked = torch.cat(parts), held_out.labels, len(held_out) // 6
+    return torch.cat(parts)
+
+
+def quick_knn(backbone, held_out, args):
+    """Weighted k-NN (k = 20) top-1 in % of the teacher's CLS: 1000 held-out pictures ask, 5000 are the gallery."""
+    x, y, asked = features(backbone, held_out.images, args), held_out.labels, len(held_out) // 6
     return evaluate.knn_accuracy(x[asked:], y[asked:], x[:asked], y[:asked], 20)[0]
+
+
+def full_knn(trainer, held_out):
+    """{k: top-1 in %} of all held-out pictures; the pictures trained on are the gallery."""
+    backbone, rest = trainer.teacher["backbone"], trainer.pictures
+    x, asked = (features(backbone, part.images, trainer.args) for part in (rest, held_out))
+    return {k: top1 for k, (top1, _) in
+            evaluate.knn_accuracies(x, rest.labels, asked, held_out.labels).items()}
 
 
 class Pretrainer:
@@ -117,6 +133,7 @@ class Pretrainer:
         self.augment_local.crop = tuple(args.local_crop)
         self.steps_per_epoch = len(pictures) // args.batch_size
         self.steps, self.step, self.seconds = args.epochs * self.steps_per_epoch, 0, 0.0
+        self.gflop_per_image = self.peak = None             # see `measure`
 
     def batch(self):
         """The pictures of the present step: an order of its own for every epoch, from the seed alone."""
@@ -147,6 +164,16 @@ class Pretrainer:
         losses.ema_update(self.teacher, self.student, losses.cosine(args.momentum, 1.0, self.step / self.steps))
         self.step += 1
         return distributed.mean(loss.detach()).item(), p_t
+
+    def measure(self):
+        """A step that counts its FLOPs, and a large product's FLOP/s (`peak`) on this machine."""
+        result = []
+        flops = count_flops(lambda: result.append(self.train_step()))
+        with torch.random.fork_rng():                       # it leaves the run as it was
+            seconds, product = product_seconds(self.args.device, Clock(self.args.device))
+        self.gflop_per_image = flops * distributed.world() / self.args.batch_size / 1e9
+        self.peak = distributed.world() * product / seconds
+        return result[0]
 
     def state(self):
         parts = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "softmax", "optimizer")}
@@ -191,7 +218,7 @@ def run(args):
         trainer.load(state)
     if not distributed.rank():
         args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config_of(args), indent=1) + "\n"
+        text = json.dumps(config_of(args) | {"machine": machine(args.device)}, indent=1) + "\n"
         checkpoint.write(args.out / "config.json", lambda part: part.write_text(text))
         checkpoint.cut_log(args.out / "metrics.jsonl", "step", trainer.step)
     with keeper:
@@ -201,11 +228,12 @@ def run(args):
 def train(trainer, held_out, keeper):
     """The steps that are left, with a line of the log and a checkpoint every --every."""
     args, start = trainer.args, time.time()
-    while trainer.step < trainer.steps:
-        loss, p_t = trainer.train_step()
+    last = trainer.steps if args.stop is None else min(trainer.steps, round(args.stop * trainer.steps_per_epoch))
+    while trainer.step < last:
+        loss, p_t = trainer.train_step() if trainer.peak else trainer.measure()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {trainer.step}; lower --lr, then --resume")
-        report = trainer.step % args.every == 0 or trainer.step == trainer.steps
+        report = trainer.step % args.every == 0 or trainer.step == last
         if not (report or keeper.due()):
             continue
         trainer.seconds, start = trainer.seconds + time.time() - start, time.time()
@@ -216,6 +244,11 @@ def train(trainer, held_out, keeper):
             weights = trainer.weights()
             checkpoint.write(args.out / "teacher.pt", lambda part: torch.save(weights, part))
         keeper.save(trainer.state())
+    if not distributed.rank() and held_out.labelled:
+        result = {"step": trainer.step, "knn_top1": full_knn(trainer, held_out), "gallery": len(trainer.pictures),
+                  "queries": len(held_out)}
+        checkpoint.write(args.out / "results.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
+        print("results:", json.dumps(result["knn_top1"]))
 
 
 def log_step(trainer, loss, entropy, held_out):
@@ -225,8 +258,10 @@ def log_step(trainer, loss, entropy, held_out):
               "loss": loss, "teacher_entropy": entropy,
               "teacher_entropy_max": math.log(args.prototypes),
               "images_per_s": round(trainer.step * args.batch_size / trainer.seconds, 1)}
+    record["gflop_per_image"] = round(trainer.gflop_per_image, 4)
+    record["gemm_fraction"] = round(record["images_per_s"] * trainer.gflop_per_image * 1e9 / trainer.peak, 3)
     if held_out.labelled:
-        record["knn_top1"] = knn(trainer.teacher["backbone"], held_out, args)
+        record["knn_top1"] = quick_knn(trainer.teacher["backbone"], held_out, args)
     record["seconds"] = round(trainer.seconds, 1)
     print(json.dumps(record), flush=True)
     with open(args.out / "metrics.jsonl", "a") as log:

@@ -37,7 +37,7 @@ import losses
 import model
 from extras import baselines
 from extras.probe_teacher import cls_features
-from train import config_of
+from train import config_of, machine
 
 
 class VQVAE(nn.Module):
@@ -169,7 +169,7 @@ def run(args):
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)                              # another run's
     config = config_of(args) | {"out": str(out), "method": "vqvae",
-                                "machine": baselines.machine(args.device)}
+                                "machine": machine(args.device)}
     checkpoint.write(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1) + "\n"))
     start = time.time()
     with open(out / "metrics.jsonl", "w") as log:

@@ -36,7 +36,7 @@ def parse(out, *flags):
 
 def records(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s")} for r in lines]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s", "gemm_fraction")} for r in lines]
 
 
 def leaves(tree, name=""):
@@ -96,6 +96,37 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypa
             assert same, part + name
     moments = [name for name in leaves(a["optimizer"]) if "exp_avg" in name]
     assert len(moments) > 20 and a["step"] == b["step"] == STEPS
+
+
+def test_a_run_stops_where_it_is_told_and_goes_on(tmp_path, pictures):
+    """--stop ends the run, not its schedule; results.json is of the held-out pictures."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pretrain.run(parse(whole, "--stem"))
+    pretrain.run(parse(parts, "--stem", "--stop", "1.2"))
+    results = json.loads((parts / "results.json").read_text())
+    assert records(parts)[-1]["step"] == results["step"] == 6
+    assert (results["gallery"], results["queries"]) == (100, 6000)
+    assert results["knn_top1"].keys() == {"10", "20", "100", "200"}
+    assert all(20 < top1 < 47 for top1 in results["knn_top1"].values())         # noise in three classes
+    pretrain.run(parse(parts, "--stem", "--resume"))
+    assert [r["step"] for r in records(parts)] == [4, 6, 8, STEPS]
+    assert records(parts)[-1] == records(whole)[-1]
+    assert (parts / "results.json").read_text() == (whole / "results.json").read_text()
+
+
+def test_speed_in_the_log_is_a_share_of_the_machine_s(tmp_path, monkeypatch):
+    """A patch embedding of 2 x 2 patches of 4 x 4 pixels, by hand; the machine does 1 GFLOP/s."""
+    monkeypatch.setattr(pretrain, "product_seconds", lambda *_: (2.0, 2e9))
+    pretrain.run(parse(tmp_path, "--stem", "--no-batch-norm"))
+    record = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
+    tokens, width = 5, 64
+    block = 2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width
+    embedding = 2 * 4 * 3 * 16 * width
+    head = 2 * (width * 32 + 32 * 32 + 32 * 8 + 8 * 16)
+    # teacher; student forward; student backward: twice that, but nothing goes into the pictures
+    flops = 2 * (4 * (block + embedding + head) - embedding)                    # of two views
+    assert record["gflop_per_image"] == pytest.approx(flops / 1e9, abs=1e-4)
+    assert record["gemm_fraction"] == pytest.approx(record["images_per_s"] * flops / 1e9, abs=1e-3, rel=0.1)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
