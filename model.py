@@ -532,6 +532,13 @@ class Interpreter(nn.Module):
         return self.out(self.norm(x[:, self.first]))
 
 
+def whitening(x, ridge):
+    """The symmetric matrix that makes the covariance of x (n, d), of mean 0, the same in all directions, up
+    to a factor. ridge: share of the largest variance that is added to all of them."""
+    variance, axes = torch.linalg.eigh(x.T @ x / len(x))
+    return axes * (variance + ridge * variance.max().clamp(min=1e-12)).rsqrt() @ axes.T
+
+
 class Student(nn.Module):
     """Descriptor, discretizer, interpreter and projector, and the space in which they see the teacher.
 
@@ -552,7 +559,6 @@ class Student(nn.Module):
         self.register_buffer("std", torch.ones(width))                          # of patches
         self.register_buffer("whiten", torch.eye(width))                        # of CLS
         self.register_buffer("origin", torch.zeros(width))                      # where z_s = 0 lies, for k-NN
-        self.register_buffer("memory", torch.zeros(0, width), persistent=False)     # pictures' CLS, for `smooth`
         self.descriptor = Descriptor(width, *descriptor, length, see_cls=not draft)     # it would be the answer
         self.interpreter = Interpreter(width, *interpreter, length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
@@ -572,24 +578,26 @@ class Student(nn.Module):
         patches = patches.flatten(0, 1)
         self.mean.copy_(torch.stack([cls.mean((0, 1)), patches.mean(0)]))
         self.std.copy_(patches.std(0).clamp(min=1e-6))
-        moved = cls[0] - cls[1]                                                 # (B, d)
-        variance, axes = torch.linalg.eigh(moved.T @ moved / (2 * len(moved)))
-        whiten = axes * (variance + ridge * variance.max().clamp(min=1e-12)).rsqrt() @ axes.T
+        whiten = whitening(cls[0] - cls[1], ridge)
         self.whiten.copy_(whiten / ((cls - self.mean[0]) @ whiten).square().mean().sqrt().clamp(min=1e-6))
+
+    @torch.no_grad()
+    def draw_together(self, y, neighbours, ridge=0.1):
+        """Whitens the space once more, by the covariance of what tells pictures from their neighbours. y: CLS
+        of pictures as they are, in this space, (n, d) -> the same in the new one. What near pictures do not
+        share is not what they are of: it counts less now, and their classes lie closer together."""
+        near = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices[:, 1:]  # without itself
+                for part in y.split(500))
+        whiten = whitening(y - torch.cat([y[i].mean(1) for i in near]), ridge)
+        whiten = whiten / ((y - y.mean(0)) @ whiten).square().mean().sqrt().clamp(min=1e-6)
+        self.whiten.copy_(self.whiten @ whiten)
+        return y @ whiten
 
     def space(self, tokens):
         """z_t (B, N+1, d) -> the same in the student's space; overall the CLS has mean 0, mean square 1."""
         with torch.autocast(tokens.device.type, enabled=False):
             cls = (tokens[:, :1].float() - self.mean[0]) @ self.whiten
             return torch.cat([cls, (tokens[:, 1:].float() - self.mean[1]) / self.std], 1)
-
-    def smooth(self, y, neighbours):
-        """CLS in the student's space, (n, d) -> the same, moved half the way to the mean of its nearest in
-        `memory`: what a picture shares with its neighbours lasts, and is to be said first. 0: as it is."""
-        if not neighbours:
-            return y
-        near = torch.cdist(y, self.memory).topk(neighbours, largest=False).indices
-        return (y + self.memory[near].mean(1)) / 2
 
     def describe(self, tokens, hard=False, attention=False):
         """z_t (B, N+1, d) -> Description. hard: argmax symbols, as in every reported figure."""

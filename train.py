@@ -34,18 +34,21 @@ import visualize
 # What a preset changes in the flags' defaults. `small` is the defaults themselves.
 PRESETS = {
     "small": {},
+    "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None, vocab=256,
+                    descriptor_depth=4, interpreter_depth=4, batch_size=256, epochs=10, rounds=1),
     "paper": dict(data="cifar10", straight_through=False, train_images=None, test_images=None, image_size=224, teacher="dino_vitb16",
                   vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
                   prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",
                   pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, student_temp=0.1, epochs=140,
-                  draft=False, neighbours=0, regression=0.0, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
+                  draft=False, plain=False, neighbours=0, regression=0.0, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
 }
 
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, default="small",
-                   help="small: embedded data and teacher, minutes on a CPU; paper: the paper's sizes and recipe")
+                   help="small: embedded data and teacher, minutes on a CPU; cifar10: all its pictures, the shipped "
+                        "teacher, for one GPU; paper: the paper's sizes and recipe")
     add = p.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes (drawn by data.py), cifar10, cifar100, stl10 or folder:PATH")
     add("--train-images", type=data.image_count, default=20000,
@@ -54,6 +57,8 @@ def parse(argv=None):
         help="at most so many, or all; for the evaluation at the end only")
     add("--image-size", type=int, default=32, help="pixels; what the teacher was trained on, or a multiple of its patch")
     add("--views", type=int, default=4, help="V, augmented views per picture; 1 trains on same-view pairs only")
+    add("--plain", action=argparse.BooleanOptionalAction, default=True,
+        help="the first view is the picture as it is, as it will be described; the paper: no")
     add("--cache-views", type=int, default=0,
         help="keep the teacher's tokens of so many views of each picture in memory (bf16), draw "
              "--views of them per step and run the teacher no more: for large teachers, few "
@@ -82,8 +87,11 @@ def parse(argv=None):
         help="P_T: the EMA of P_S (the paper), or P_T = P_S = fixed k-means centres of the teacher's CLS (holds more)")
     add("--regression", type=float, default=3.0,
         help="weight of the squared error of z_s and gists from the teacher's CLS itself; 0: off, as in the paper")
-    add("--neighbours", type=int, default=10,
-        help="a picture's target lies half-way between its CLS and the mean of the nearest so many; 0: off, the paper")
+    add("--neighbours", type=int, default=50,
+        help="the student's space is whitened by what tells pictures from so many nearest ones (at most a tenth of "
+             "all); 0: off, the paper")
+    add("--rounds", type=int, default=3,
+        help="how often, with neighbours in the space of the round before; 1 where the nearest are often of another kind")
     add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 favours the full sequence")
@@ -127,7 +135,7 @@ def check(args):
     """Flags that would fail later, or silently do nothing. Raises ValueError."""
     for name in ("train_images", "test_images", "image_size", "views", "batch_size", "epochs", "accumulate",
                  "descriptor_depth", "descriptor_heads", "interpreter_depth", "interpreter_heads",
-                 "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip"):
+                 "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip", "rounds"):
         value = getattr(args, name)
         if value is not None and value <= 0:                                    # None: all images
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
@@ -158,7 +166,7 @@ def split_held_out(pictures, seed):
 
 @torch.no_grad()
 def fit_teacher_statistics(teacher, student, head, pictures, args):
-    """The student's space from two views of 4000 pictures; k-means of up to 20 000 pictures' targets."""
+    """The student's space from two views of 4000 pictures and from the neighbours of up to 20 000; k-means of these."""
     augment, size = data.augmentation(args.data, args.image_size), args.image_size
 
     def encode(x):
@@ -170,27 +178,17 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
 
     cls = [encode(augment(x, 2, size).flatten(0, 1))[:, 0].unflatten(0, (2, len(x))) for x in batches(4000)]
     student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
+    images = pictures.images[:20000]
+    y = torch.cat([student.space(encode(data.normalize(x.to(args.device), size))[:, :1])[:, 0]
+                   for x in images.split(args.batch_size)])                     # pictures as they are
+    neighbours = min(args.neighbours, len(y) // 10)
+    for _ in range(args.rounds if neighbours else 0):
+        y = student.draw_together(y, neighbours)
     if args.regression:                             # z_s lies in the CLS's space, so cosines start where its do
         student.origin.copy_(student.mean[0] @ student.whiten)
-    remember(teacher, student, pictures, args)
-    targets = torch.cat([student.smooth(y, args.neighbours) for y in student.memory.split(1000)])
     for part in (head, student.draft):
         if isinstance(part, (model.Anchors, model.Draft)):
-            part.fit(targets)
-
-
-@torch.no_grad()
-def remember(teacher, student, pictures, args):
-    """Up to 20 000 pictures as they are, through teacher and space, into student.memory."""
-    def encode(x):
-        with evaluate.autocast(torch.device(args.device)):
-            tokens = teacher(data.normalize(x.to(args.device), args.image_size))
-        return student.space(tokens[:, :1])[:, 0]
-
-    images = pictures.images[:20000]
-    if args.neighbours > len(images):
-        raise ValueError(f"--neighbours {args.neighbours} is more than the {len(images)} pictures; lower it")
-    student.memory = torch.cat([encode(x) for x in images.split(args.batch_size)])
+            part.fit(y)
 
 
 def free_memory():
@@ -225,12 +223,15 @@ def cache_views(teacher, images, args):
 
 
 def see(teacher, images, args):
-    """z_t (V*B, N+1, d) of V new views of uint8 pictures (B, 3, H, W); or (B, V, N+1, d) of the
-    cache, put in that order."""
+    """z_t (V*B, N+1, d) of V views of uint8 pictures (B, 3, H, W), new ones but for --plain's; or
+    (B, V, N+1, d) of the cache, put in that order."""
     if images.dtype == torch.bfloat16:
         return images.transpose(0, 1).flatten(0, 1).float()
-    augment = data.augmentation(args.data, args.image_size)
-    return teacher(augment(images, args.views, args.image_size, True).flatten(0, 1))
+    augment, size = data.augmentation(args.data, args.image_size), args.image_size
+    views = [data.normalize(images, size)] if args.plain else []
+    if args.views > len(views):
+        views.append(augment(images, args.views - len(views), size, True).flatten(0, 1))
+    return teacher(torch.cat(views))
 
 
 def forward(teacher, student, head, softmax, images, temperature, args):
@@ -238,7 +239,7 @@ def forward(teacher, student, head, softmax, images, temperature, args):
     v, b = args.views, len(images)
     with torch.no_grad():
         tokens = see(teacher, images, args)                                     # z_t (V*B, N+1, d)
-        y = student.smooth(student.space(tokens[:, :1])[:, 0], args.neighbours)     # its CLS, in the student's space
+        y = student.space(tokens[:, :1])[:, 0]                                  # its CLS, in the student's space
         p_t = softmax(head(y).unflatten(0, (v, b)), temperature)                # (V, B, P)
     said = student.describe(tokens)                                             # T symbols each
     z_s = student.interpret(said.embeddings, said.drafts)                       # (V*B, D, d)
@@ -464,7 +465,6 @@ def start(args, out, state):
     if state:
         keeper.check_data(state)
         trainer.load(state)
-        remember(teacher, student, pictures, args)              # too large for a checkpoint
     else:
         fit_teacher_statistics(teacher, student, head, pictures, args)
         distributed.start_alike(student, head)

@@ -107,9 +107,10 @@ def parse(argv=None):
     add_flags(p)
     p.add_argument("--vocab", type=int, default=128, help="K, symbols")
     p.add_argument("--space", action="store_true",
-                   help="on the CLS as the student sees it, whitened within pictures")
+                   help="on the CLS as the student sees it, whitened")
     p.add_argument("--json", type=Path, help="also write the figures there")
-    p.set_defaults(batch_size=64, regression=1.0, neighbours=0)     # what train.py's fit of the space reads
+    defaults = vars(train_script.parse([]))                         # what train.py's fit of the space reads
+    p.set_defaults(**{name: defaults[name] for name in ("batch_size", "regression", "neighbours", "rounds")})
     return p.parse_args(argv)
 
 

@@ -40,14 +40,9 @@ import losses
 import model
 import train
 
-# Flags of train.py; a preset of the same name is that size.
-SIZES = {
-    "small": "--preset small",
-    "cifar10": "--data cifar10 --teacher cifar10 --descriptor-depth 4 --interpreter-depth 4 "
-               "--vocab 256 --batch-size 256 --views 4",
-    "paper": "--preset paper --random-teacher",
-}
-SIZES |= {name: f"--preset {name}" for name in SIZES if name in train.PRESETS and name != "paper"}
+# Flags of train.py
+SIZES = {"small": "--preset small", "cifar10": "--preset cifar10",
+         "paper": "--preset paper --random-teacher"}
 GROWTH = ("batch_size", "length", "vocab", "views")
 
 
@@ -248,7 +243,6 @@ def build(args):
     student, head = (m.to(args.device) for m in model.build_student(vars(args), teacher.width))
     if isinstance(head, model.Anchors):
         head.centres.normal_()
-    student.memory = torch.randn(20000, teacher.width, device=args.device)
     shape = args.batch_size, 3, args.image_size, args.image_size
     images = torch.randint(256, shape, dtype=torch.uint8)
     student.train()
@@ -316,7 +310,7 @@ def parse(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--size", choices=SIZES, default="small",
-        help="small: train.py's defaults; cifar10: its teacher, 32 px; paper: the paper's networks")
+        help="train.py's presets; paper: with an untrained teacher")
     add("--batch-size", type=int,
         help="pictures a step; not given: the size's own, and 8 for paper on a CPU")
     add("--views", type=int, help="per picture; not given: the size's own")

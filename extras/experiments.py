@@ -34,7 +34,7 @@ START = "<!-- python -m extras.experiments table --readme -->"
 END = "<!-- end of table -->"
 
 # Photographs: all of CIFAR-10 as cifar10/{train,test}/<class>/, or --data cifar10 with a network
-DATA = {"shapes": "", "cifar10": "--data folder:cifar10 --teacher cifar10"}
+DATA = {"shapes": "", "cifar10": "--data folder:cifar10 --teacher cifar10 --rounds 1"}
 SIZES, STRATEGIES = (128, 256, 512), ("entropy", "info", "combined")
 BASE = {"softmax-128": "train.py --disc softmax --vocab 128"}
 DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"

@@ -22,7 +22,7 @@ def loss_and_gradients(trainer, patches, monkeypatch, views):
     student.zero_grad()
     torch.manual_seed(1)                                                        # Gumbel's noise
     with benchmark.under(patches), monkeypatch.context() as patch:
-        patch.setattr(data, "augmentation", lambda name, size: lambda *inputs: views)
+        patch.setattr(data, "augmentation", lambda name, size: lambda images, n, *_: views[:n])
         loss, _ = train.forward(trainer.teacher, student, trainer.head, trainer.softmax,
                                 trainer.images[:B], 0.1, trainer.args)
     loss.backward()

@@ -240,12 +240,24 @@ def test_space_whitens_what_augmentation_moves():
     assert close(out[:, 1:].std((0, 1)), torch.ones(D), 1e-3)
 
 
-def test_smoothing_by_hand():
-    student = make_student()
-    student.memory = torch.tensor([0.0, 1, 2, 10])[:, None].expand(-1, D)
-    y = torch.tensor([0.8, 7])[:, None].expand(-1, D)                   # nearest two: 1 and 0; 10 and 2
-    assert close(student.smooth(y, 2)[:, 0], torch.tensor([(0.8 + 0.5) / 2, (7 + 6) / 2]))
-    assert student.smooth(y, 0) is y
+def test_neighbours_draw_together():
+    """Four classes that differ in two directions, and noise as large in all others."""
+    student, classes = make_student(), torch.arange(800) % 4
+    y = 0.5 * torch.randn(800, D)
+    y[:, 0] = classes % 2 * 2 - 1 + 0.1 * torch.randn(800)
+    y[:, 1] = classes // 2 * 2 - 1 + 0.1 * torch.randn(800)
+    tokens = torch.cat([y[:, None], torch.zeros(800, N, D)], 1)
+    after = student.draw_together(y, 20)
+    assert close(student.space(tokens)[:, 0], after, 1e-4)                      # later pictures go the same way
+    assert close(after.var(0, False).sum(), torch.tensor(float(D)), 0.01 * D)   # mean square 1 about the mean
+
+    def within(x):                                                              # share of the variance
+        centres = torch.stack([x[classes == c].mean(0) for c in range(4)])
+        return ((x - centres[classes]).square().sum() / (x - x.mean(0)).square().sum()).item()
+    assert within(after) < 0.7 * within(y)
+    near = torch.cdist(y, y).fill_diagonal_(math.inf).topk(20, largest=False).indices
+    apart = after - after[near].mean(1)                     # in the new space alike in all directions, but for the ridge
+    assert torch.linalg.cond(apart.T @ apart) < 0.2 * torch.linalg.cond((y - y[near].mean(1)).T @ (y - y[near].mean(1)))
 
 
 def test_space_of_views_that_do_not_move():

@@ -24,7 +24,8 @@ def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairi
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
     views = torch.randn(3, 5, 3, 8, 8)
-    monkeypatch.setattr(data, "augmentation", lambda name, size: lambda *_: views)
+    views[0] = data.normalize(images)                               # --plain: the picture as it is
+    monkeypatch.setattr(data, "augmentation", lambda name, size: lambda images, n, *_: views[-n:])
     total, log = train.forward(trainer.teacher, student, trainer.head, trainer.softmax,
                                images, 0.07, args)
 

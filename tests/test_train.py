@@ -138,7 +138,7 @@ def test_the_test_part_plays_no_part_in_training(tiny, monkeypatch):
     ("--batch-size 77", "--batch-size 77"), ("--train-images 20", "too few"),
     ("--train-images 0", "--train-images"), ("--train-images -5", "--train-images"),
     ("--test-images 0", "--test-images"), ("--regression 0", "--no-draft"),
-    ("--neighbours 77", "--neighbours 77"), ("--neighbours -1", "--neighbours"), ("--prototypes 77", "--prototypes 77"),
+    ("--neighbours -1", "--neighbours"), ("--prototypes 77", "--prototypes 77"),
     ("--views 0", "--views"), ("--epochs 0", "--epochs"), ("--lr 0", "--lr must"),
     ("--lam -1", "--lam must"), ("--student-temp 0", "--student-temp"),
     ("--descriptor-heads 5", "--descriptor-heads"), ("--descriptor-heads 0", "--descriptor-heads"),
