@@ -35,7 +35,7 @@ import visualize
 PRESETS = {
     "small": {},
     "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None, vocab=256,
-                    descriptor_depth=4, interpreter_depth=4, batch_size=256, epochs=10, rounds=1),
+                    descriptor_depth=4, interpreter_depth=4, batch_size=256, epochs=3, rounds=1),
     "paper": dict(data="cifar10", straight_through=False, train_images=None, test_images=None, image_size=224, teacher="dino_vitb16",
                   vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
                   prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",

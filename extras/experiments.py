@@ -54,17 +54,18 @@ TABLES = {
     "ablation": BASE | {
         "softmax-128-balance": "train.py --balance 2",
         "softmax-128-no-neighbours": "train.py --neighbours 0",
+        "softmax-128-no-plain": "train.py --no-plain",
         "softmax-128-no-draft": "train.py --no-draft --balance 2",
         "softmax-128-no-draft-no-balance": "train.py --no-draft",
         "softmax-128-no-regression": "train.py --no-draft --balance 2 --regression 0",
-        "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --neighbours 0 "
+        "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --neighbours 0 --no-plain "
                            "--prototype-source ema --centering centre --teacher-temp 0.07 --teacher-temp-start 0.04"},
 }
-# The teacher of photographs: the shipped one, the first tenth of its training for other seeds, and
-# its first three epochs with one choice changed
+# The teacher of photographs: the first tenth of the shipped one's training, for other seeds, and its
+# first three epochs with one choice changed
 PRETRAIN = ("-m extras.pretrain --data folder:cifar10 --crop 0.25 1 --stem 32 64 64 128 128 128 --patch 8 --depth 2 "
             "--prototypes 1024 --batch-size 256 --lr 2e-3 --epochs 100 --every 171")
-TEACHERS = {"pretrain-cifar10": PRETRAIN, "pretrain-cifar10-tenth": PRETRAIN + " --stop 10"} | {
+TEACHERS = {"pretrain-cifar10-tenth": PRETRAIN + " --stop 10"} | {
     f"pretrain-cifar10-{name}": f"{PRETRAIN} --stop 3 {flag}".strip() for name, flag in {
         "three": "", "patch-stem": "--stem", "short-stem": "--stem 32 64 128", "no-batch-norm": "--no-batch-norm",
         "centre": "--centering centre", "temp-04": "--teacher-temp 0.04", "momentum-996": "--momentum 0.996",
@@ -72,10 +73,12 @@ TEACHERS = {"pretrain-cifar10": PRETRAIN, "pretrain-cifar10-tenth": PRETRAIN + "
         "width-256": "--width 256"}.items()}
 EXPERIMENTS = {f"{data}-{name}": f"{command} {flags}".strip() for data, flags in DATA.items()
                for recipes in TABLES.values() for name, command in recipes.items()} | TEACHERS
+EXPERIMENTS["cifar10-whole"] = "train.py --preset cifar10 --data folder:cifar10"
 # The paper's: nine runs in three panels; the strategies, where it has a figure for each of them
 FIGURES = {3: (DISCS, ("teacher_entropy", "kl", "knn_top1")),
            4: (EXPLORE, ("knn_top1", "loss", "teacher_entropy", "kl", "information",
                          "symbol_entropy"))}
+EPOCHS = (1, 3, 10, 30, 100)                                    # of a teacher's curve
 MEASURED = ("knn_top1", "knn_top5", "linear_top1", "linear_top5", "retention", "perplexity")
 
 
@@ -134,9 +137,9 @@ def recorded():
     """Yields (run, config, seconds, name -> figures) for each folder, then each k-means file, of
     results/. A name is a number of symbols, or what has none: teacher, whitened, pixels."""
     for path in sorted(RESULTS.glob("*/results.json")):
-        if path.match("pretrain-*/*"):
-            continue
         config, results, log = read_run(path)
+        if "student" not in results:                            # a teacher's
+            continue
         codes = {n: row | {"retention": results["retention"][n],
                            "perplexity": results["perplexity"][:int(n)]}
                  for n, row in results["student"].items()}
@@ -214,24 +217,43 @@ def tables(every):
 
 
 def teachers():
-    """Markdown: the runs of TEACHERS in results/, each by its epochs, k-NN, speed."""
-    lines = []
-    for name in TEACHERS:
-        runs = [read_run(path) for path in sorted(RESULTS.glob(f"{name}-s[0-9]*/results.json"))]
+    """Markdown: the shipped teacher and the runs of TEACHERS in results/, k-NN over the epochs."""
+    lines, speed = [], ""
+    for name, seeds in ({"teacher-cifar10": ""} | dict.fromkeys(TEACHERS, "-s[0-9]*")).items():
+        runs = [read_run(path) for path in sorted(RESULTS.glob(f"{name}{seeds}/results.json"))]
         if runs:
-            logs, last = [log for *_, log in runs], [log[-1] for *_, log in runs]
-            early = [[record["knn_top1"] for record in log if record["epoch"] == 3] for log in logs]
-            cells = [name, str(len(runs)), f"{last[0]['epoch']:.0f}", spread(sum(early, []), 1)]
-            cells += [spread([results["knn_top1"]["20"] for _, results, _ in runs], 1)]
-            cells += [spread([record[key] for record in last], digits)
-                      for key, digits in (("images_per_s", 0), ("gemm_fraction", 2))]
-            lines.append(f"| {' | '.join(cells)} |")
+            curve = [spread([record["knn_top1"] for *_, log in runs for record in log
+                             if record["epoch"] == epoch], 1) for epoch in EPOCHS]
+            end = spread([results["knn_top1"]["20"] for _, results, _ in runs], 1)
+            lines.append(f"| {name} | {len(runs)} | {' | '.join(curve)} | {end} |")
+        if runs and not seeds:
+            last = runs[0][2][-1]
+            speed = (f"The shipped teacher, {name}, took {last['seconds'] / 3600:.1f} hours: {last['images_per_s']:.0f} "
+                     f"images/s, {last['gemm_fraction']:.2f} of the rate of a large matrix product there.")
     if lines:
-        yield ("**teachers for photographs**, k-NN (k = 20) of CIFAR-10's training pictures: after three epochs, "
-               "1000 held out, gallery of 5 000; at the end, 6 000 held out, gallery of 44 000\n\n"
-               "| run | seeds | epochs | k-NN, epoch 3 | k-NN, end | images/s | of a large product's rate |\n"
-               "|---|---|---|---|---|---|---|")
+        yield ("**teachers for photographs**, k-NN (k = 20) of CIFAR-10's training pictures: by epoch, of 1 000 held "
+               "out, gallery 5 000; at the run's end, of 6 000 held out, gallery 44 000. " + speed + "\n\n"
+               f"| run | seeds | epoch {' | '.join(map(str, EPOCHS))} | end |\n" + "|---" * (len(EPOCHS) + 3) + "|")
         yield from lines
+        yield ""
+
+
+def speed():
+    """Markdown: the files of extras.benchmark in results/, and exponents where one has them."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("benchmark-*.json"))]
+    if found:
+        yield ("**speed of a training step**\n\n"
+               "| size | on | images/s | plain version | times as fast | GFLOP an image | of a large product's rate | MB |\n"
+               "|---|---|---|---|---|---|---|---|")
+    for r in found:
+        yield (f"| {r['size']}, batch {r['config']['batch_size']} x {r['config']['views']} | {r['device']} "
+               f"| {r['images_per_s']:.2f} | {r['plain_images_per_s']:.2f} | {r['speedup']:.2f} | "
+               f"{r['gflop_per_image']:.2f} | {r['gemm_fraction']:.2f} | {r['peak_memory_mb']:.0f} |")
+    for r in found:
+        if r.get("growth"):
+            powers = ", ".join(f"{name}^{row['exponent']:.2f}" for name, row in r["growth"].items())
+            yield f"\nTime of a step ({r['size']}) grows as {powers}."
+    if found:
         yield ""
 
 
@@ -249,7 +271,7 @@ def figures():
 def table(readme, path):
     """All rows as Markdown, printed or between the marks of README.md, and as JSON at path."""
     every = list(rows())
-    text = "\n".join([*tables(every), *teachers()])
+    text = "\n".join([*tables(every), *teachers(), *speed()])
     if readme:
         before, rest = README.read_text().split(START)
         whole = f"{before}{START}\n\n{text}\n{END}{rest.split(END)[1]}"

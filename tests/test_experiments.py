@@ -148,6 +148,43 @@ def test_tables_have_a_line_per_experiment_and_only_where_there_is_news(planted)
         "| shapes-softmax-128", "| shapes-softmax-128-info"]
 
 
+def plant_teacher(place, run, knn, early, seed=0):
+    log = [{"epoch": epoch, "knn_top1": early + epoch, "images_per_s": 100.0, "gemm_fraction": 0.25, "seconds": 1800.0}
+           for epoch in (1.0, 3.0, 10.0)]
+    (place / run).mkdir()
+    for name, value in (("config", {}), ("results", {"knn_top1": {"10": 1.0, "20": knn}})):
+        (place / run / f"{name}.json").write_text(json.dumps(value))
+    (place / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+
+
+def test_teachers_have_a_table_of_their_own(planted):
+    before = list(experiments.rows())
+    assert not list(experiments.teachers())
+    for seed, knn in ((1, 50.0), (2, 52.0)):
+        plant_teacher(planted, f"pretrain-cifar10-tenth-s{seed}", knn, 40.0, seed)
+    plant_teacher(planted, "pretrain-cifar10-centre-s0", 44.0, 41.0)
+    plant_teacher(planted, "teacher-cifar10", 60.0, 42.0)
+    text = "\n".join(experiments.teachers())
+    assert "teacher-cifar10, took 0.5 hours: 100 images/s, 0.25 of the rate" in text
+    assert text.splitlines()[-3:] == [
+        "| teacher-cifar10 | 1 | 43.0 | 45.0 | 52.0 | - | - | 60.0 |",
+        "| pretrain-cifar10-tenth | 2 | 41.0 ± 0.0 | 43.0 ± 0.0 | 50.0 ± 0.0 | - | - | 51.0 ± 1.4 |",
+        "| pretrain-cifar10-centre | 1 | 42.0 | 44.0 | 51.0 | - | - | 44.0 |"]
+    assert list(experiments.rows()) == before
+
+
+def test_speed_is_what_the_benchmark_wrote(planted):
+    assert not list(experiments.speed())
+    result = {"size": "small", "device": "abacus", "images_per_s": 30.0, "plain_images_per_s": 10.0, "speedup": 3.0,
+              "gflop_per_image": 1.5, "gemm_fraction": 0.5, "peak_memory_mb": 99.6,
+              "config": {"batch_size": 64, "views": 4},
+              "growth": {"length": {"exponent": 0.5}, "views": {"exponent": 1.0}}}
+    (planted / "benchmark-small.json").write_text(json.dumps(result))
+    text = "\n".join(experiments.speed())
+    assert "| small, batch 64 x 4 | abacus | 30.00 | 10.00 | 3.00 | 1.50 | 0.50 | 100 |" in text
+    assert "(small) grows as length^0.50, views^1.00." in text
+
+
 def test_table_1_and_2_are_the_papers_for_both_data_sets():
     for data in ("shapes", "cifar10"):
         runs = {f"{data}-{d}-{k}" for d in ("softmax", "gumbel", "vq") for k in (128, 256, 512)}
