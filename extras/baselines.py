@@ -108,9 +108,10 @@ def parse(argv=None):
     p.add_argument("--vocab", type=int, default=128, help="K, symbols")
     p.add_argument("--space", action="store_true",
                    help="on the CLS as the student sees it, whitened")
+    p.add_argument("--rounds", type=int, default=3, help="of --space, as in train.py")
     p.add_argument("--json", type=Path, help="also write the figures there")
     defaults = vars(train_script.parse([]))                         # what train.py's fit of the space reads
-    p.set_defaults(**{name: defaults[name] for name in ("batch_size", "regression", "neighbours", "rounds")})
+    p.set_defaults(**{name: defaults[name] for name in ("batch_size", "regression", "neighbours")})
     return p.parse_args(argv)
 
 

@@ -71,8 +71,9 @@ TEACHERS = {"pretrain-cifar10-tenth": PRETRAIN + " --stop 10"} | {
         "centre": "--centering centre", "temp-04": "--teacher-temp 0.04", "momentum-996": "--momentum 0.996",
         "prototypes-256": "--prototypes 256", "crop-10": "--crop 0.1 1", "locals-4": "--locals 4",
         "width-256": "--width 256"}.items()}
-EXPERIMENTS = {f"{data}-{name}": f"{command} {flags}".strip() for data, flags in DATA.items()
-               for recipes in TABLES.values() for name, command in recipes.items()} | TEACHERS
+EXPERIMENTS = {f"{data}-{name}": f"{command} {flags if 'vqvae' not in name else flags.partition(' --rounds')[0]}".strip()
+               for data, flags in DATA.items() for recipes in TABLES.values()
+               for name, command in recipes.items()} | TEACHERS
 EXPERIMENTS["cifar10-whole"] = "train.py --preset cifar10 --data folder:cifar10"
 # The paper's: nine runs in three panels; the strategies, where it has a figure for each of them
 FIGURES = {3: (DISCS, ("teacher_entropy", "kl", "knn_top1")),
@@ -268,10 +269,15 @@ def figures():
               *(f"\n  not run yet: {name}" for name, found in logs.items() if not found))
 
 
+def markdown(every):
+    """All that results/ has to say: the rows `every`, teachers, speed."""
+    return "\n".join([*tables(every), *teachers(), *speed()])
+
+
 def table(readme, path):
-    """All rows as Markdown, printed or between the marks of README.md, and as JSON at path."""
+    """`markdown`, printed or between the marks of README.md, and the rows as JSON at path."""
     every = list(rows())
-    text = "\n".join([*tables(every), *teachers(), *speed()])
+    text = markdown(every)
     if readme:
         before, rest = README.read_text().split(START)
         whole = f"{before}{START}\n\n{text}\n{END}{rest.split(END)[1]}"

@@ -1,6 +1,7 @@
-"""What a teacher's CLS keeps of each factor of `shapes`: linear probe and k-NN on held-out pictures.
+"""What a teacher's CLS keeps of each factor of `shapes`, or of classes: linear probe and k-NN.
 
     python -m extras.probe_teacher shapes --json results/teacher-shapes/probe.json
+    python -m extras.probe_teacher cifar10 --data folder:cifar10 --json results/teacher-cifar10/probe.json
 
 Chance is 1 / number of values. The train split fits the probe and is the k-NN's gallery; the test split asks.
 """
@@ -27,23 +28,24 @@ def cls_features(teacher, images, size, batch_size=250):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("teacher", help="a name in weights/ or a file of extras.pretrain")
-    p.add_argument("--train-images", type=data.image_count, help="default: all 50 000")
-    p.add_argument("--test-images", type=data.image_count, help="default: all 10 000")
+    p.add_argument("--data", default="shapes", help="as in train.py")
+    p.add_argument("--train-images", type=data.image_count, help="default: all")
+    p.add_argument("--test-images", type=data.image_count, help="default: all")
     p.add_argument("--json", type=Path, help="also write the figures there")
     args = p.parse_args()
     try:
         teacher = model.build_teacher(args.teacher)
-        sets = [data.load("shapes", split, 32, n) for split, n in
+        sets = [data.load(args.data, split, 32, n) for split, n in
                 (("train", args.train_images), ("test", args.test_images))]
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.probe_teacher: {error}") from None
     train, test = (cls_features(teacher, s.images, 32) for s in sets)
-    figures = {}
-    for name, values in data.FACTORS.items():
-        labels = [s.factors[name] for s in sets]
+    figures, factors = {}, data.FACTORS if args.data == "shapes" else {"class": sets[0].classes}
+    for name, values in factors.items():
+        labels = [s.factors[name] if args.data == "shapes" else s.labels for s in sets]
         figures[name] = {"chance": 100 / len(values),
                          "linear_top1": evaluate.linear_probe(train, labels[0], test, labels[1])[0]}
-        if name == "shape":
+        if name in ("shape", "class"):
             knn = evaluate.knn_accuracies(train, labels[0], test, labels[1])
             figures[name] |= {f"knn_top1_k{k}": top1 for k, (top1, _) in knn.items()}
         print(f"{name:8}" + "".join(f"  {key} {value:.2f}" for key, value in figures[name].items()), flush=True)

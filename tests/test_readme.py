@@ -9,7 +9,7 @@ import torch
 
 import discretize
 import train
-from extras import baselines, experiments, vqvae
+from extras import baselines, experiments, pretrain, vqvae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,7 +41,7 @@ def test_nothing_is_left_to_fill_in():
 
 def test_the_tables_say_what_the_files_say():
     block = README.split(experiments.START)[1].split(experiments.END)[0]
-    assert block.strip() == "\n".join(experiments.tables(list(experiments.rows()))).strip()
+    assert block.strip() == experiments.markdown(list(experiments.rows())).strip()
 
 
 def test_a_row_by_hand():
@@ -54,7 +54,7 @@ def test_a_row_by_hand():
 
 def test_every_experiment_is_a_command_that_is_accepted_and_no_two_are_the_same():
     commands = [command.split(" ", 2) for command in experiments.EXPERIMENTS.values()]
-    parsers = {"extras.vqvae": vqvae.parse, "extras.baselines": baselines.parse}
+    parsers = {"extras.vqvae": vqvae.parse, "extras.baselines": baselines.parse, "extras.pretrain": pretrain.parse}
     others = [(c[1], parsers[c[1]](c[2].split())) for c in commands if c[0] == "-m"]
     runs = [("train.py", train.parse(" ".join(c[1:]).split())) for c in commands if c[0] == "train.py"]
     assert all(train.check(args) is None for _, args in runs)
