@@ -256,66 +256,6 @@ def build_teacher(name, random_weights=False):
     return read_teacher(shipped if shipped.is_file() else name)
 
 
-# ------------------------------------------------------------- layers that every symbol goes through
-
-class Collect(torch.autograd.Function):
-    """weight and bias of a layer, as all its calls see them. Its backward comes after those of the calls,
-    which left (x, gradient) in `calls`, and makes the weight's gradient of all of them in one product."""
-
-    @staticmethod
-    def forward(ctx, weight, bias, calls):
-        ctx.calls = calls
-        ctx.set_materialize_grads(False)
-        return lowered(weight.view_as(weight)), lowered(bias.view_as(bias))
-
-    @staticmethod
-    def backward(ctx, *_):
-        x, gradient = (torch.cat(rows) for rows in zip(*ctx.calls))     # (calls * B, d)
-        ctx.calls.clear()
-        return gradient.T @ x, gradient.sum(0), None
-
-
-class Call(torch.autograd.Function):
-    """F.linear with what `Collect` gave; gradients of weight and bias are left to it."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, calls):
-        x = lowered(x)
-        ctx.save_for_backward(x, weight)
-        ctx.calls = calls
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        ctx.calls.append((x.flatten(0, -2), gradient.flatten(0, -2)))
-        return gradient @ weight, None, None, None
-
-
-class Linear(nn.Linear):
-    """nn.Linear; within `collected` the gradients of all its calls are made together."""
-
-    shared = None
-
-    def forward(self, x):
-        return super().forward(x) if self.shared is None else Call.apply(x, *self.shared)
-
-
-@contextlib.contextmanager
-def collected(*modules):
-    """For a loop that calls each Linear in `modules` T times on a few rows: weights are cast once, and
-    have one gradient of T times the rows instead of a sum of T. The same numbers, to rounding."""
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Linear)]
-    for layer in layers:
-        calls = []
-        layer.shared = (*Collect.apply(layer.weight, layer.bias, calls), calls)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.shared = None
-
-
 # ------------------------------------------------------------- student: D_S, discretizer, E_S, P_S
 
 START_STD = 0.3     # of start token, CLS and positions: as the symbols' embeddings, so that neither drowns the other
@@ -327,7 +267,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_kv, self.out = (Linear(width, n * width) for n in (1, 2, 1))
+        self.to_q, self.to_kv, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                # (B, L, d) -> (B, heads, L, d/heads)
@@ -379,7 +319,7 @@ class Block(nn.Module):
         if cross:
             self.norm_cross, self.cross = nn.LayerNorm(width), Look(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, context=None, past=None, mask=None):
         """x (B, L, d); context: what `Look` is given, L is 1 then; past: keys and values of earlier
@@ -422,8 +362,8 @@ class Draft(nn.Module):
         # c_tk; fixed, because learning on augmented views would move them away from pictures as they are
         self.register_buffer("centres", torch.randn(length, vocab, width))
         self.register_buffer("unit", torch.ones(length))
-        self.gist = Linear(width, width)
-        self.show = Linear(width, width)
+        self.gist = nn.Linear(width, width)
+        self.show = nn.Linear(width, width)
 
     @torch.no_grad()
     def fit(self, cls):
@@ -544,8 +484,9 @@ class Student(nn.Module):
 
     Space (our choice): the CLS token is centred and whitened by its covariance *within* pictures, between
     augmented views, so that a unit is as much as an augmentation moves it, in every direction: the student
-    should say what lasts, and a teacher's few loud directions would otherwise be all that it says. Patch
-    tokens: mean 0 and deviation 1 in each dimension."""
+    should say what lasts, and a teacher's few loud directions would otherwise be all that it says. Then by
+    what tells it from its neighbours (`draw_together`). Patch tokens: mean 0 and deviation 1 in each
+    dimension."""
 
     def __init__(self, width, disc, projector, length=8, descriptor=(6, 8), interpreter=(12, 6), draft=True):
         """descriptor and interpreter: (depth, heads). Raises ValueError for sizes that do not fit."""
@@ -601,8 +542,7 @@ class Student(nn.Module):
 
     def describe(self, tokens, hard=False, attention=False):
         """z_t (B, N+1, d) -> Description. hard: argmax symbols, as in every reported figure."""
-        with collected(self.descriptor, *filter(None, [self.draft])):
-            return self.descriptor(self.space(tokens), self.disc, self.draft, hard, attention)
+        return self.descriptor(self.space(tokens), self.disc, self.draft, hard, attention)
 
     def interpret(self, embeddings, drafts):
         """Those of a Description, (B, T, d) each -> z_s (B, D, d)."""

@@ -58,7 +58,7 @@ def parse(argv=None):
     add("--image-size", type=int, default=32, help="pixels; what the teacher was trained on, or a multiple of its patch")
     add("--views", type=int, default=4, help="V, augmented views per picture; 1 trains on same-view pairs only")
     add("--plain", action=argparse.BooleanOptionalAction, default=True,
-        help="the first view is the picture as it is, as it will be described; the paper: no")
+        help="the first view is the picture as it is, as it will be described (not of --cache-views); the paper: no")
     add("--cache-views", type=int, default=0,
         help="keep the teacher's tokens of so many views of each picture in memory (bf16), draw "
              "--views of them per step and run the teacher no more: for large teachers, few "
@@ -178,17 +178,16 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
 
     cls = [encode(augment(x, 2, size).flatten(0, 1))[:, 0].unflatten(0, (2, len(x))) for x in batches(4000)]
     student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
-    images = pictures.images[:20000]
-    y = torch.cat([student.space(encode(data.normalize(x.to(args.device), size))[:, :1])[:, 0]
-                   for x in images.split(args.batch_size)])                     # pictures as they are
-    neighbours = min(args.neighbours, len(y) // 10)
-    for _ in range(args.rounds if neighbours else 0):
-        y = student.draw_together(y, neighbours)
+    parts = [part for part in (head, student.draft) if isinstance(part, (model.Anchors, model.Draft))]
+    if parts or args.neighbours:                    # the paper's recipe needs none of it
+        y = torch.cat([student.space(encode(data.normalize(x, size))[:, :1])[:, 0] for x in batches(20000)])
+        neighbours = min(args.neighbours, len(y) // 10)
+        for _ in range(args.rounds if neighbours else 0):
+            y = student.draw_together(y, neighbours)
+        for part in parts:
+            part.fit(y)
     if args.regression:                             # z_s lies in the CLS's space, so cosines start where its do
         student.origin.copy_(student.mean[0] @ student.whiten)
-    for part in (head, student.draft):
-        if isinstance(part, (model.Anchors, model.Draft)):
-            part.fit(y)
 
 
 def free_memory():

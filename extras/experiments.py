@@ -34,7 +34,8 @@ START = "<!-- python -m extras.experiments table --readme -->"
 END = "<!-- end of table -->"
 
 # Photographs: all of CIFAR-10 as cifar10/{train,test}/<class>/, or --data cifar10 with a network
-DATA = {"shapes": "", "cifar10": "--data folder:cifar10 --teacher cifar10 --rounds 1"}
+DATA = {"shapes": "", "cifar10": "--data folder:cifar10 --teacher cifar10"}
+SPACE = {"shapes": "", "cifar10": "--rounds 1"}                 # for what fits the student's space
 SIZES, STRATEGIES = (128, 256, 512), ("entropy", "info", "combined")
 BASE = {"softmax-128": "train.py --disc softmax --vocab 128"}
 DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"
@@ -71,9 +72,9 @@ TEACHERS = {"pretrain-cifar10-tenth": PRETRAIN + " --stop 10"} | {
         "centre": "--centering centre", "temp-04": "--teacher-temp 0.04", "momentum-996": "--momentum 0.996",
         "prototypes-256": "--prototypes 256", "crop-10": "--crop 0.1 1", "locals-4": "--locals 4",
         "width-256": "--width 256"}.items()}
-EXPERIMENTS = {f"{data}-{name}": f"{command} {flags if 'vqvae' not in name else flags.partition(' --rounds')[0]}".strip()
-               for data, flags in DATA.items() for recipes in TABLES.values()
-               for name, command in recipes.items()} | TEACHERS
+EXPERIMENTS = {f"{data}-{name}": " ".join(filter(None, [
+    command, flags, SPACE[data] if command.startswith("train.py") or "--space" in command else ""]))
+    for data, flags in DATA.items() for recipes in TABLES.values() for name, command in recipes.items()} | TEACHERS
 EXPERIMENTS["cifar10-whole"] = "train.py --preset cifar10 --data folder:cifar10"
 # The paper's: nine runs in three panels; the strategies, where it has a figure for each of them
 FIGURES = {3: (DISCS, ("teacher_entropy", "kl", "knn_top1")),
@@ -219,7 +220,7 @@ def tables(every):
 
 def teachers():
     """Markdown: the shipped teacher and the runs of TEACHERS in results/, k-NN over the epochs."""
-    lines, speed = [], ""
+    lines, cost = [], ""
     for name, seeds in ({"teacher-cifar10": ""} | dict.fromkeys(TEACHERS, "-s[0-9]*")).items():
         runs = [read_run(path) for path in sorted(RESULTS.glob(f"{name}{seeds}/results.json"))]
         if runs:
@@ -229,11 +230,11 @@ def teachers():
             lines.append(f"| {name} | {len(runs)} | {' | '.join(curve)} | {end} |")
         if runs and not seeds:
             last = runs[0][2][-1]
-            speed = (f"The shipped teacher, {name}, took {last['seconds'] / 3600:.1f} hours: {last['images_per_s']:.0f} "
-                     f"images/s, {last['gemm_fraction']:.2f} of the rate of a large matrix product there.")
+            cost = (f"The shipped teacher, {name}, took {last['seconds'] / 3600:.1f} hours: {last['images_per_s']:.0f} "
+                    f"images/s, {last['gemm_fraction']:.2f} of the rate of a large matrix product there.")
     if lines:
         yield ("**teachers for photographs**, k-NN (k = 20) of CIFAR-10's training pictures: by epoch, of 1 000 held "
-               "out, gallery 5 000; at the run's end, of 6 000 held out, gallery 44 000. " + speed + "\n\n"
+               "out, gallery 5 000; at the run's end, of 6 000 held out, gallery 44 000. " + cost + "\n\n"
                f"| run | seeds | epoch {' | '.join(map(str, EPOCHS))} | end |\n" + "|---" * (len(EPOCHS) + 3) + "|")
         yield from lines
         yield ""
@@ -242,10 +243,11 @@ def teachers():
 def speed():
     """Markdown: the files of extras.benchmark in results/, and exponents where one has them."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("benchmark-*.json"))]
-    if found:
-        yield ("**speed of a training step**\n\n"
-               "| size | on | images/s | plain version | times as fast | GFLOP an image | of a large product's rate | MB |\n"
-               "|---|---|---|---|---|---|---|---|")
+    if not found:
+        return
+    yield ("**speed of a training step**\n\n"
+           "| size | on | images/s | plain version | times as fast | GFLOP an image | of a large product's rate | MB |\n"
+           "|---|---|---|---|---|---|---|---|")
     for r in found:
         yield (f"| {r['size']}, batch {r['config']['batch_size']} x {r['config']['views']} | {r['device']} "
                f"| {r['images_per_s']:.2f} | {r['plain_images_per_s']:.2f} | {r['speedup']:.2f} | "
@@ -254,8 +256,7 @@ def speed():
         if r.get("growth"):
             powers = ", ".join(f"{name}^{row['exponent']:.2f}" for name, row in r["growth"].items())
             yield f"\nTime of a step ({r['size']}) grows as {powers}."
-    if found:
-        yield ""
+    yield ""
 
 
 def figures():

@@ -23,13 +23,14 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import data
 import distributed
 import evaluate
 import losses
-from extras.benchmark import Clock, count_flops, product_seconds
+from extras.benchmark import Clock, product_seconds
 from model import DINOHead, small_vit
 from train import config_of, machine
 
@@ -167,13 +168,13 @@ class Pretrainer:
 
     def measure(self):
         """A step that counts its FLOPs, and a large product's FLOP/s (`peak`) on this machine."""
-        result = []
-        flops = count_flops(lambda: result.append(self.train_step()))
+        with FlopCounterMode(display=False) as counter:
+            result = self.train_step()
         with torch.random.fork_rng():                       # it leaves the run as it was
             seconds, product = product_seconds(self.args.device, Clock(self.args.device))
-        self.gflop_per_image = flops * distributed.world() / self.args.batch_size / 1e9
+        self.gflop_per_image = counter.get_total_flops() * distributed.world() / self.args.batch_size / 1e9
         self.peak = distributed.world() * product / seconds
-        return result[0]
+        return result
 
     def state(self):
         parts = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "softmax", "optimizer")}

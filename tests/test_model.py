@@ -140,30 +140,6 @@ def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, draft, t
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("unused", [False, True])
-def test_collected_gradients_are_the_sum_of_all_calls(unused):
-    """Of a layer called three times, also where nothing depends on one of the calls."""
-    layer, x = model.Linear(5, 4), torch.randn(3, 2, 1, 5, requires_grad=True)
-
-    def gradients():
-        layer.zero_grad()
-        x.grad, y = None, x[0]
-        for t in range(3):
-            out = layer(y + x[t]).sin()                                         # (2, 1, 4)
-            y = y if unused and t == 1 else F.pad(out, (0, 1))
-        y.square().sum().backward()
-        return [g.clone() for g in (layer.weight.grad, layer.bias.grad, x.grad)]
-
-    with torch.enable_grad():
-        plain = gradients()
-        with model.collected(layer):
-            together, again = gradients(), gradients()
-        after = gradients()
-    for a, b, c, d in zip(plain, together, again, after):
-        assert torch.allclose(a, b, atol=1e-6) and a.abs().max() > 0.01
-        assert torch.equal(b, c) and torch.equal(a, d)                          # and outside it is as it was
-
-
 @pytest.mark.parametrize("disc", list(discretize.DISCRETIZERS))
 def test_hard_symbols_are_the_argmax_and_their_embeddings_rows_of_the_table(disc):
     student, tokens = make_student(disc), torch.randn(64, N + 1, D)
