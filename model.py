@@ -321,11 +321,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, context=None, past=None, mask=None):
+    def forward(self, x, context=None, past=None, mask=None, only=None):
         """x (B, L, d); context: what `Look` is given, L is 1 then; past: keys and values of earlier
-        positions. Returns x, keys and values of all positions so far, and the look's weights."""
+        positions; only: positions that are wanted, others are seen but not computed. Returns x, keys
+        and values of all positions so far, and the look's weights."""
         h, weights = self.norm1(x), None
         kept = self.attention.keys_values(h)
+        if only is not None:
+            x, h, mask = x[:, only], h[:, only], mask[only]
         if past is not None:
             kept = [torch.cat(pair, 2) for pair in zip(past, kept)]
         x = x + self.attention(h, *kept, mask)
@@ -467,9 +470,10 @@ class Interpreter(nn.Module):
         """(B, T, d) -> (B, D, d), one row per prefix."""
         x = torch.cat([self.cls.expand(len(embeddings), -1, -1), embeddings + self.position], 1)
         x = x[:, self.gather]                                                   # (B, 2T - 1 + D, d)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x, *_ = block(x, mask=self.mask)
-        return self.out(self.norm(x[:, self.first]))
+        x, *_ = self.blocks[-1](x, mask=self.mask, only=self.first)             # (B, D, d)
+        return self.out(self.norm(x))
 
 
 def whitening(x, ridge):
@@ -579,7 +583,7 @@ class Anchors(nn.Module):
     def forward(self, z):
         """(..., d) -> (..., P)"""
         with torch.autocast(z.device.type, enabled=False):
-            return z.float() @ self.centres.T / self.scale
+            return z.float() @ (self.centres / self.scale).T
 
 
 def build_student(config, width):

@@ -242,14 +242,14 @@ def forward(teacher, student, head, softmax, images, temperature, args):
         p_t = softmax(head(y).unflatten(0, (v, b)), temperature)                # (V, B, P)
     said = student.describe(tokens)                                             # T symbols each
     z_s = student.interpret(said.embeddings, said.drafts)                       # (V*B, D, d)
-    logits = student.projector(z_s).transpose(0, 1).unflatten(1, (v, b))        # p_s (D, V, B, P)
+    logits = student.projector(z_s.transpose(0, 1)).unflatten(1, (v, b))        # p_s (D, V, B, P)
     loss, entropies = losses.granular_dino_loss(p_t, logits, args.lam, args.student_temp, args.pairing)
     regression, unexplained = losses.regression_loss(y, z_s, said.gists)
     total = loss + said.aux + args.regression * regression + losses.exploration_loss(
         said.weights, said.logits, args.explore, args.alpha, args.beta, args.balance)
     with torch.no_grad():
-        target = losses.pair_views(p_t, v, args.pairing)
-        joint = (logits.float() / args.student_temp).softmax(-1).mean(0)        # p_s = sum_n p_s^(n), normalised
+        target = losses.pair_views(p_t, v, args.pairing)[0]                     # of the first view
+        joint = (logits[:, 0].float() / args.student_temp).softmax(-1).mean(0)  # p_s = sum_n p_s^(n), normalised
         log = {"loss": total, "dino_loss": loss, "aux": said.aux,
                "unexplained_first": unexplained[0], "unexplained": unexplained[-1],
                "teacher_entropy": losses.entropy(p_t).mean(),
