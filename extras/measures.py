@@ -13,6 +13,7 @@ import io
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -161,16 +162,40 @@ def hide(images, score, k):
     return torch.where(F.interpolate(chosen, images.shape[-2:]) > 0, mean, images)
 
 
-def faithfulness(describe, images, ids, attention, k):
+class Repeat(torch.nn.Module):
+    """Stands for a discretizer while a descriptor says T symbols: each is its own choice, but what
+    goes on as the symbol before the next is `given` (n, T)."""
+
+    def __init__(self, disc, given):
+        super().__init__()
+        self.disc, self.given, self.t = disc, given, 0
+
+    def forward(self, h, hard=False, bids=None):
+        said, ids = self.disc(h, hard, bids), self.given[:, self.t]
+        self.t += 1
+        return said._replace(weights=F.one_hot(ids, said.weights.shape[1]).float(), embedding=self.disc.table[ids])
+
+
+def retell(teacher, student, images, given, size):
+    """uint8 (n, 3, H, W), given (n, T) -> ids (n, T): symbol t as chosen after given[:, :t]."""
+    parts = []
+    for x, ids in zip(images.split(128), given.split(128)):
+        repeat = Repeat(student.disc, ids.to(next(student.parameters()).device))
+        with mock.patch.object(student, "disc", repeat):
+            parts.append(read(teacher, student, x, size)[0])
+    return torch.cat(parts)
+
+
+def faithfulness(retell, images, ids, attention, k):
     """How often a symbol changes when k patches are hidden in the input picture (deletion: Samek et
     al. 2017, Petsiuk et al. 2018). images (n, 3, H, W) uint8, ids (n, T), attention (n, T, N),
-    describe(images) -> ids. -> (T,) shares for the patches that its own attention ranks highest,
+    retell(images, ids) -> ids. -> (T,) shares for the patches that its own attention ranks highest,
     for those of the same position's attention to another picture, and for random ones.
-    Symbol t is conditioned on symbols 1 .. t-1, described again too: from the second on, a change
-    may be an earlier symbol's. Only position 1 is free of that. More than random says that the
-    attention finds what matters; more than another picture's, that it finds it in this picture."""
+    Symbol t is conditioned on symbols 1 .. t-1: these stay as they were, so that a change is its
+    own. More than random says that the attention finds what matters; more than another picture's,
+    that it finds it in this picture."""
     def changed(score):                                                         # (n, T, N) -> (T,)
-        said = [describe(hide(images, score[:, t], k))[:, t] for t in range(ids.shape[1])]
+        said = [retell(hide(images, score[:, t], k), ids)[:, t] for t in range(ids.shape[1])]
         return 1 - unchanged(ids, torch.stack(said, 1))
 
     other = attention.roll(len(attention) // 2, 0)
@@ -208,13 +233,15 @@ def language_figures(ids, factors, vocab, pairs, times):
     by_chance = chance(lambda f: mutual_information(ids, f), factors, times)
     rows = {f"bits about {name}, of {most[b]:.2f}":
             {"measured": bits[:, b], "chance": by_chance[:, b]} for b, name in enumerate(FACTORS)}
-    n, counts = len(ids), symbol_counts(ids, vocab)
+    (n, t), counts = ids.shape, symbol_counts(ids, vocab)
+    placed = ids + vocab * torch.arange(t)                  # symbol 5 at place 1 is not 5 at place 3
     halves = torch.randperm(n).tensor_split(2)
     first, step = torch.randint(n, (pairs,)), torch.randint(1, n, (pairs,))
     pairs = torch.stack([first, (first + step) % n], 1)                     # of two, never of one
     measures = {"posdis": lambda f: disentanglement(ids, f),
                 "bosdis": lambda f: disentanglement(counts, f),
-                "symbols that name a value": lambda f: naming_share(ids, f, halves, vocab)}
+                "symbols that name a value": lambda f: naming_share(ids, f, halves, vocab),
+                "the same, at their place": lambda f: naming_share(placed, f, halves, t * vocab)}
     for d in DISTANCES:
         measures[f"topographic similarity, {d}"] = (
             lambda f, d=d: topographic_similarity(ids, f, pairs, d))
@@ -223,9 +250,10 @@ def language_figures(ids, factors, vocab, pairs, times):
     return rows
 
 
-def figures(describe, image_set, vocab, share=0.25, pairs=50_000, times=20):
+def figures(describe, retell, image_set, vocab, share=0.25, pairs=50_000, times=20, disturbed=2000):
     """All rows that the data allow: {name: {kind: number, or (T,) per position}}.
-    describe(images, attention) -> ids (n, T) and attention (n, T, N) or None, as visualize.read."""
+    describe(images, attention) -> ids (n, T) and attention (n, T, N) or None, as visualize.read;
+    retell(images, ids) -> ids. Only the first `disturbed` pictures are hidden from and disturbed."""
     images = image_set.images
     ids, attention = describe(images, True)
     _, t, patches = attention.shape
@@ -238,7 +266,8 @@ def figures(describe, image_set, vocab, share=0.25, pairs=50_000, times=20):
         rows["attention on the object"] = {
             "measured": pointing(attention, cover), "share of the area": cover.mean(),
             "masks of other pictures": chance(lambda c: pointing(attention, c), cover, times)}
-    kept = faithfulness(lambda x: describe(x, False)[0], images, ids, attention, k)
+    images, ids, attention = images[:disturbed], ids[:disturbed], attention[:disturbed]
+    kept = faithfulness(retell, images, ids, attention, k)
     rows[f"changed, {k} of {patches} patches hidden"] = kept
     for other in ("random", "attended in another"):
         means = ([kept[x][:end].mean().item() for x in ("attended", other)] for end in (t, 1))
@@ -266,7 +295,8 @@ def main(argv=None):
     add = parser.add_argument
     add("checkpoint", help="RUN/ckpt.pt, written by train.py")
     add("--data", help="another data set than the run's, to see if its language carries over")
-    add("--images", type=int, default=2000, help="test images: more make rare symbols surer")
+    add("--images", type=int, default=10_000, help="test images: more make rare symbols surer")
+    add("--disturbed", type=int, default=2000, help="of them, for faithfulness and stability, which take most of the time")
     add("--hide", type=float, default=0.25, help="share of the patches hidden for faithfulness")
     add("--pairs", type=int, default=50_000, help="random pairs, for topographic similarity")
     add("--permutations", type=int, default=20, help="how many the chance levels average over")
@@ -275,8 +305,8 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     try:
-        if args.images < 2 or min(args.pairs, args.permutations) < 1 or not 0 < args.hide < 1:
-            raise ValueError("at least: --images 2, --pairs 1, --permutations 1; --hide in (0, 1)")
+        if min(args.images, args.disturbed) < 2 or min(args.pairs, args.permutations) < 1 or not 0 < args.hide < 1:
+            raise ValueError("at least: --images 2, --disturbed 2, --pairs 1, --permutations 1; --hide in (0, 1)")
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
         if args.json and not args.json.absolute().parent.is_dir():
@@ -285,13 +315,15 @@ def main(argv=None):
         name, size = args.data or config["data"], config["image_size"]
         test = load(name, "test", size, args.images, config["seed"])
         torch.manual_seed(args.seed)
-        rows = figures(lambda x, attention: read(teacher, student, x, size, attention), test,
-                       config["vocab"], args.hide, args.pairs, args.permutations)
-        print(f"{name}: {len(test)} test images, {args.pairs} pairs of them, chance: "
-              f"{args.permutations} permutations")
+        rows = figures(lambda x, attention: read(teacher, student, x, size, attention),
+                       lambda x, ids: retell(teacher, student, x, ids, size), test,
+                       config["vocab"], args.hide, args.pairs, args.permutations, args.disturbed)
+        print(f"{name}: {len(test)} test images, {min(len(test), args.disturbed)} of them disturbed, "
+              f"{args.pairs} pairs, chance: {args.permutations} permutations")
         print_table(rows)
         if args.json:
-            about = {"data": name, "images": len(test), "pairs": args.pairs, "seed": args.seed}
+            about = {"data": name, "images": len(test), "disturbed": args.disturbed, "hidden share": args.hide,
+                     "pairs": args.pairs, "permutations": args.permutations, "seed": args.seed}
             args.json.write_text(json.dumps(about | rows, indent=1) + "\n")
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.measures: {error}") from None

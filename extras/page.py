@@ -55,6 +55,16 @@ def lifts(chosen, values, names):
     return sorted(rows, key=lambda row: (-row[2] * math.log(row[1]), -row[2]))
 
 
+def telling_place(ids, symbol, known):
+    """The position, from 0, where a symbol tells most (see `lifts`) about one of the attributes; where nothing
+    is known, or told, the one where it is said most. A symbol can mean another thing at every position."""
+    def told(t):
+        chosen = ids[:, t] == symbol
+        best = [rows[0] for rows in (lifts(chosen, *attribute) for attribute in known.values()) if rows]
+        return max((hits * math.log(lift) for _, lift, hits in best), default=0), chosen.sum().item()
+    return max(range(ids.shape[1]), key=told)
+
+
 def companions(said, symbol, count):
     """said (n, K) bool -> the `count` other symbols most often in sequences that hold `symbol`:
     [(symbol, images)], the most frequent first, without those it never meets."""
@@ -135,19 +145,20 @@ def samples(ids, attention, data):
 
 
 def card(symbol, ids, said, attention, data, known, thumbs):
-    """A symbol's entry: how often and where it is said, images, meanings, companions."""
-    users, places = said[:, symbol].nonzero().flatten(), (ids == symbol).sum(0).tolist()
+    """A symbol's entry: how often and where it is said, images and meanings at its telling place, companions."""
+    t = telling_place(ids, symbol, known)
+    chosen, users, places = ids[:, t] == symbol, said[:, symbol].sum(), (ids == symbol).sum(0).tolist()
     bars = "".join(f'<div>{m or ""}<i style="height:{28 * m / max(places):.0f}px"></i>{t}</div>'
                    for t, m in enumerate(places, 1))
     looks = []
-    for i in users[visualize.spread(len(users), SHOWN)].tolist():
-        mask = attention[i][ids[i] == symbol].mean(0)           # said twice: the mean of its masks
-        seen = picture(visualize.overlay(data.images[i], mask, THUMB), THUMB)
+    for i in chosen.nonzero().flatten()[visualize.spread(places[t], SHOWN)].tolist():
+        seen = picture(visualize.overlay(data.images[i], attention[i, t], THUMB), THUMB)
         looks.append(f"<div>{thumbs[i]}{seen}</div>")
-    rows = {name: meanings(said[:, symbol], known[name], MEANINGS) for name in known}
+    rows = {name: meanings(chosen, known[name], MEANINGS) for name in known}
     rows["said with"] = ", ".join(f"{chip(s)} {m}" for s, m in companions(said, symbol, FRIENDS))
     rows = "".join(f"<tr><th>{name}</th><td>{row}</td></tr>" for name, row in rows.items())
-    often = f"{len(users)} images, {100 * len(users) / len(ids):.1f} %<br>said {sum(places)} times"
+    often = (f"{users} images, {100 * users / len(ids):.1f} %<br>said {sum(places)} times<br>"
+             f"below: number {t + 1} in {places[t]} images")
     return (f'<article class="card" id="s{symbol}"><div class="head">{chip(symbol, link=False)}'
             f'<p>{often}</p><div class="bars">{bars}</div></div>'
             f'<div class="looks">{"".join(looks)}</div><table>{rows}</table></article>')
@@ -164,11 +175,12 @@ def dictionary(ids, attention, data, known, thumbs, vocab, count):
         place = "" if rank < count else f' id="s{s}"'           # a chip leads to the fullest entry
         counts = "".join(f'<td class="n">{m or ""}</td>'
                          for m in [int(uses[s]), *(ids == s).sum(0).tolist()])
-        cells = [meanings(said[:, s], attribute, 1) for attribute in known.values()]
+        t = telling_place(ids, s, known)
+        cells = [str(t + 1), *(meanings(ids[:, t] == s, attribute, 1) for attribute in known.values())]
         cells += [f"{chip(f)} {m}" for f, m in companions(said, s, 1)]
         cells = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f"<tr{place}><td>{chip(s)}</td>{counts}{cells}</tr>")
-    heads = ["symbol", "images", *range(1, ids.shape[1] + 1), *known, "said with"]
+    heads = ["symbol", "images", *range(1, ids.shape[1] + 1), "as number", *known, "said with"]
     heads = "".join(f"<th>{head}</th>" for head in heads)
     return (f'<div class="cards">{cards}</div><details><summary>All {len(order)} symbols that are '
             f'said, of {vocab}</summary><div class="wide"><table><thead><tr>{heads}</tr></thead>'

@@ -156,7 +156,7 @@ def test_faithfulness_of_a_symbol_that_names_the_patch_it_looks_at():
     images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)         # 16 x 16 pixels
     where = torch.randint(16, (1000, 2))
 
-    def describe(x):
+    def describe(x, given=None):
         return x[:, 0, ::4, ::4].flatten(1).long().gather(1, where)
 
     attention = torch.rand(1000, 2, 16).scatter_(2, where[..., None], 2)
@@ -166,6 +166,18 @@ def test_faithfulness_of_a_symbol_that_names_the_patch_it_looks_at():
     assert torch.allclose(kept["attended in another"], torch.tensor(0.25).double(), atol=0.05)
     blind = measures.faithfulness(describe, images, describe(images), 2 - attention, 4)
     assert blind["attended"].tolist() == [0, 0]                             # looks everywhere else
+
+
+def test_retelling_says_the_own_choice_after_given_symbols(tiny_trainer):
+    """Its own symbols given, a student says them again; others given, all but the first may change."""
+    trainer = tiny_trainer()
+    teacher, student, size = trainer.teacher, trainer.student.eval(), trainer.args.image_size
+    images = torch.randint(256, (200, 3, size, size), dtype=torch.uint8)
+    ids, _ = measures.read(teacher, student, images, size)
+    assert torch.equal(measures.retell(teacher, student, images, ids, size), ids)
+    others = measures.retell(teacher, student, images, (ids + 1) % student.disc.vocab, size)
+    assert torch.equal(others[:, 0], ids[:, 0]) and not torch.equal(others, ids)
+    assert torch.equal(measures.read(teacher, student, images, size)[0], ids)       # nothing is left behind
 
 
 def test_disturbances_by_their_size():
@@ -198,8 +210,9 @@ def test_a_planted_describer_gets_every_figure():
     most = measures.patch_cover(masks, 64).amax(1, keepdim=True)
     looks = (measures.patch_cover(masks, 64) == most).float()
     looks = (looks / looks.sum(1, keepdim=True))[:, None].repeat(1, 5, 1)
-    rows = measures.figures(lambda x, attention: (ids, looks), pictures, 27, pairs=5000, times=3)
-    for name in ("topographic similarity, edit", "symbols that name a value"):
+    rows = measures.figures(lambda x, attention: (ids[:len(x)], looks), lambda x, before: before,
+                            pictures, 27, pairs=5000, times=3)
+    for name in ("topographic similarity, edit", "symbols that name a value", "the same, at their place"):
         assert rows[name]["measured"] == pytest.approx(1) and abs(rows[name]["chance"]) < 0.1
     for name in ("posdis", "bosdis"):               # factors of 600 draws are nearly independent
         assert rows[name]["measured"] > 0.95 and rows[name]["chance"] < 0.05
@@ -222,8 +235,8 @@ def test_pictures_without_factors_get_what_needs_none(capsys):
     images[:, :, 4:, :4] = 250
     looks = torch.tensor([0, 0, 1.0, 0]).expand(40, 1, 4)
     pictures = train.data.ImageSet(images, torch.full((40,), -1), [])
-    rows = measures.figures(lambda x, _: ((x.amax((1, 2, 3)) > 150).long()[:, None], looks),
-                            pictures, 2, share=0.25, times=2)
+    bright = lambda x, _: (x.amax((1, 2, 3)) > 150).long()[:, None]         # noqa: E731
+    rows = measures.figures(lambda x, _: (bright(x, _), looks), bright, pictures, 2, share=0.25, times=2)
     assert list(rows) == ["changed, 1 of 4 patches hidden", "attended / random",
                           "attended / attended in another", "unchanged"]
     changed = rows["changed, 1 of 4 patches hidden"]
@@ -240,13 +253,14 @@ def test_the_command_on_a_checkpoint(tiny_trainer, tmp_path, capsys):
     config = {**vars(trainer.args), "out": "", "data": "shapes"}
     weights = {"teacher": trainer.teacher.vit.state_dict(), "student": trainer.student.state_dict()}
     torch.save({"config": config, **weights}, tmp_path / "ckpt.pt")
-    flags = "--images 60 --permutations 2 --pairs 100 --device cpu --json".split()
+    flags = "--images 60 --disturbed 30 --permutations 2 --pairs 100 --device cpu --json".split()
     measures.main([str(tmp_path / "ckpt.pt"), *flags, str(tmp_path / "figures.json")])
     rows = json.loads((tmp_path / "figures.json").read_text())
-    about = {key: rows.pop(key) for key in ("data", "images", "pairs", "seed")}
-    assert about == {"data": "shapes", "images": 60, "pairs": 100, "seed": 0}
+    about = {key: rows.pop(key) for key in ("data", "images", "disturbed", "hidden share", "pairs", "permutations", "seed")}
+    assert about == {"data": "shapes", "images": 60, "disturbed": 30, "hidden share": 0.25, "pairs": 100,
+                     "permutations": 2, "seed": 0}
     printed = capsys.readouterr().out
-    assert all(name in printed for name in rows) and len(rows) == 16
+    assert all(name in printed for name in rows) and len(rows) == 17
     assert len(rows["changed, 1 of 4 patches hidden"]["attended"]) == 8
 
 

@@ -91,12 +91,21 @@ def test_an_entry_tells_counts_positions_meaning_and_companions():
     text = built(*toy())
     entry = re.search(r'<article[^>]*id="s5">.*?</article>', text).group()
     words = html.unescape(re.sub("<[^>]+>", " ", entry)).split()
-    assert "5 10 images, 25.0 % said 10 times" == " ".join(words[:8])
+    assert "5 10 images, 25.0 % said 10 times below: number 1 in 10 images" == " ".join(words[:14])
     assert "class a<b × 3.20 (8)" in " ".join(words)            # "c&d" is rarer here than elsewhere
     assert words[-6:] == ["said", "with", "3", "10,", "7", "10"]
     assert re.findall(r"<div>(\d*)<i style=\"height:(\d+)px\"></i>\d", entry) == [
         ("10", "28"), ("", "0"), ("", "0"), ("", "0")]
     assert entry.count("<img") == 2 * page.SHOWN
+
+
+def test_a_symbol_is_explained_where_it_tells_most():
+    """Symbol 1 is said in 12 images at place 1, whatever they are, in the 4 of class 0 at place 2."""
+    labels = torch.tensor([0] * 4 + [1] * 20)
+    ids = torch.stack([torch.arange(24) % 2, (labels == 0).long(), torch.full((24,), 2)], 1)
+    assert page.telling_place(ids, 1, {"class": (labels, ["few", "many"])}) == 1
+    assert page.telling_place(ids, 1, {"class": (labels * 0 - 1, ["few", "many"])}) == 0    # nothing is known
+    assert page.telling_place(ids, 1, {}) == 0 and page.telling_place(ids, 2, {}) == 2
 
 
 def test_companions_are_counted_in_images():
