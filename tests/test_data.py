@@ -1,10 +1,20 @@
 """data.py: shapes is a function of (seed, index), the masks are where the object is, files fail by name."""
+import hashlib
+import json
+import pickle
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 
 import data
+import train
 
 GOLDEN = {
     "factors": [[0, 8, 8, 4], [1, 6, 3, 3], [0, 2, 0, 1], [1, 1, 1, 1], [1, 2, 2, 0]],
@@ -173,6 +183,45 @@ def test_no_network_says_what_to_do(monkeypatch):
     monkeypatch.setitem(data.PUBLIC, "cifar10", refuse)
     with pytest.raises(OSError, match="--data shapes or --data folder:PATH"):
         data.load("cifar10", "train", 32)
+
+
+@pytest.fixture
+def cifar10_archive(tmp_path, monkeypatch):
+    """data/cifar-10-python.tar.gz with other pictures in it, 5 x 260 and 100, which torchvision takes for the real one."""
+    cifar, checksum = datasets.CIFAR10, lambda file: hashlib.md5(file.read_bytes()).hexdigest()
+    folder = tmp_path / cifar.base_folder
+    folder.mkdir()
+    names = [name for name, _ in cifar.train_list]
+    parts = {name: data.draw_shapes(range(i * 260, i * 260 + 260)) for i, name in enumerate(names)}
+    for name, (images, factors, _) in (parts | {"test_batch": data.draw_shapes(range(100), seed=1)}).items():
+        entry = {"data": images.flatten(1).numpy(), "labels": factors["shape"].tolist()}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": data.FACTORS["shape"]}))
+    archive = tmp_path / data.DATA_DIR / cifar.filename
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, cifar.base_folder)
+    sums = {file.name: checksum(file) for file in folder.iterdir()}
+    shutil.rmtree(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cifar, "tgz_md5", checksum(archive))
+    monkeypatch.setattr(cifar, "train_list", [[name, sums[name]] for name in names])
+    monkeypatch.setattr(cifar, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": sums["batches.meta"]})
+    return archive
+
+
+def test_preset_cifar10_needs_no_further_flags(cifar10_archive, monkeypatch, capsys):
+    """Unpacks, trains on all pictures with the shipped teacher, evaluates; the archive is not needed again."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "cifar10"])
+    train.main()
+    printed = capsys.readouterr().out
+    assert "1235 pictures, teacher 0.8 M" in printed and "8 symbols of 256: 64 bits" in printed
+    assert "1300 train images (gallery), 100 test images" in printed
+    results = json.loads(Path("runs/cifar10-softmax-256-s0/results.json").read_text())
+    assert results["teacher"]["knn_top1"] > 20          # ten shapes, seen by a teacher of photographs
+    cifar10_archive.unlink()
+    assert len(data.load("cifar10", "train", 32)) == 1300
 
 
 def test_normalize_is_imagenets():
