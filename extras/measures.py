@@ -155,11 +155,12 @@ def pointing(attention, cover):
 
 def hide(images, score, k):
     """images (n, 3, H, W) uint8 -> the same, the k patches of the highest score (n, N) painted over
-    in the picture's mean colour."""
+    in the picture's median colour: on a plain ground the ground's own. The mean colour of a red disc
+    on grey, reddish, would be something new to see there."""
     chosen = torch.zeros_like(score).scatter_(1, score.topk(k).indices, 1)
     chosen = chosen.unflatten(1, (1, math.isqrt(score.shape[1]), -1))           # (n, 1, h, w)
-    mean = images.mean((2, 3), keepdim=True, dtype=torch.float32).round().byte()
-    return torch.where(F.interpolate(chosen, images.shape[-2:]) > 0, mean, images)
+    median = images.flatten(2).median(2).values[..., None, None]                # (n, 3, 1, 1)
+    return torch.where(F.interpolate(chosen, images.shape[-2:]) > 0, median, images)
 
 
 class Repeat(torch.nn.Module):
