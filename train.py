@@ -95,8 +95,8 @@ def parse(argv=None):
     add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 favours the full sequence")
-    add("--pairing", choices=["same", "cross"], default="same",
-        help="a view answers for itself (the paper's formula) or for the other views (DINO)")
+    add("--pairing", choices=["same", "cross", "mean"], default="mean",
+        help="a view answers for itself (the paper's formula), for the other views (DINO), or for the mean CLS of all")
     add("--centering", choices=["centre", "sinkhorn", "none"], default="none",
         help="against collapse of --prototype-source ema: DINO's centre, or Sinkhorn (stronger); fixed prototypes need none")
     add("--teacher-temp", type=float, default=0.1, help="after warm-up; lower: sharper, harder targets")
@@ -166,7 +166,8 @@ def split_held_out(pictures, seed):
 
 @torch.no_grad()
 def fit_teacher_statistics(teacher, student, head, pictures, args):
-    """The student's space from two views of 4000 pictures and from the neighbours of up to 20 000; k-means of these."""
+    """The student's space from two views of 4000 pictures and from the neighbours of up to 20 000; k-means of these,
+    as what their views must match."""
     augment, size = data.augmentation(args.data, args.image_size), args.image_size
 
     def encode(x):
@@ -180,14 +181,13 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
     student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
     parts = [part for part in (head, student.draft) if isinstance(part, (model.Anchors, model.Draft))]
     if parts or args.neighbours:                    # the paper's recipe needs none of it
-        y = torch.cat([student.space(encode(data.normalize(x, size))[:, :1])[:, 0] for x in batches(20000)])
+        with evaluate.autocast(torch.device(args.device)):
+            y = torch.cat([cls_target(student, see(teacher, x, args), args)[:len(x)] for x in batches(20000)])
         neighbours = min(args.neighbours, len(y) // 10)
         for _ in range(args.rounds if neighbours else 0):
             y = student.draw_together(y, neighbours)
         for part in parts:
             part.fit(y)
-    if args.regression:                             # z_s lies in the CLS's space, so cosines start where its do
-        student.origin.copy_(student.mean[0] @ student.whiten)
 
 
 def free_memory():
@@ -233,12 +233,19 @@ def see(teacher, images, args):
     return teacher(torch.cat(views))
 
 
+def cls_target(student, tokens, args):
+    """z_t of V views, (V*B, N+1, d) -> what they must match, (V*B, d): each its CLS in the student's space, or
+    the mean of all views' there. What a view alone has, nobody can tell from the picture as it is (our addition)."""
+    y = student.space(tokens[:, :1])[:, 0]
+    return y.unflatten(0, (args.views, -1)).mean(0).repeat(args.views, 1) if args.pairing == "mean" else y
+
+
 def forward(teacher, student, head, softmax, images, temperature, args):
     """The step at the top of this file: what `see` takes -> loss and what the log wants."""
     v, b = args.views, len(images)
     with torch.no_grad():
         tokens = see(teacher, images, args)                                     # z_t (V*B, N+1, d)
-        y = student.space(tokens[:, :1])[:, 0]                                  # its CLS, in the student's space
+        y = cls_target(student, tokens, args)                                     # (V*B, d)
         p_t = softmax(head(y).unflatten(0, (v, b)), temperature)                # (V, B, P)
     said = student.describe(tokens)                                             # T symbols each
     z_s = student.interpret(said.embeddings, said.drafts)                       # (V*B, D, d)
