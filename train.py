@@ -181,8 +181,10 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
     student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
     parts = [part for part in (head, student.draft) if isinstance(part, (model.Anchors, model.Draft))]
     if parts or args.neighbours:                    # the paper's recipe needs none of it
+        views = args.views if args.pairing == "mean" else 1                     # the picture as it is, and others
+        like = argparse.Namespace(**vars(args) | {"plain": True, "views": views})
         with evaluate.autocast(torch.device(args.device)):
-            y = torch.cat([cls_target(student, see(teacher, x, args), args)[:len(x)] for x in batches(20000)])
+            y = torch.cat([cls_target(student, see(teacher, x, like, False), like)[:len(x)] for x in batches(20000)])
         neighbours = min(args.neighbours, len(y) // 10)
         for _ in range(args.rounds if neighbours else 0):
             y = student.draw_together(y, neighbours)
@@ -221,15 +223,15 @@ def cache_views(teacher, images, args):
     return cache
 
 
-def see(teacher, images, args):
+def see(teacher, images, args, part=True):
     """z_t (V*B, N+1, d) of V views of uint8 pictures (B, 3, H, W), new ones but for --plain's; or
-    (B, V, N+1, d) of the cache, put in that order."""
+    (B, V, N+1, d) of the cache, put in that order. part: each process has other pictures."""
     if images.dtype == torch.bfloat16:
         return images.transpose(0, 1).flatten(0, 1).float()
     augment, size = data.augmentation(args.data, args.image_size), args.image_size
     views = [data.normalize(images, size)] if args.plain else []
     if args.views > len(views):
-        views.append(augment(images, args.views - len(views), size, True).flatten(0, 1))
+        views.append(augment(images, args.views - len(views), size, part).flatten(0, 1))
     return teacher(torch.cat(views))
 
 
@@ -245,7 +247,7 @@ def forward(teacher, student, head, softmax, images, temperature, args):
     v, b = args.views, len(images)
     with torch.no_grad():
         tokens = see(teacher, images, args)                                     # z_t (V*B, N+1, d)
-        y = cls_target(student, tokens, args)                                     # (V*B, d)
+        y = cls_target(student, tokens, args)                                   # (V*B, d)
         p_t = softmax(head(y).unflatten(0, (v, b)), temperature)                # (V, B, P)
     said = student.describe(tokens)                                             # T symbols each
     z_s = student.interpret(said.embeddings, said.drafts)                       # (V*B, D, d)
