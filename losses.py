@@ -72,10 +72,9 @@ def pair_views(p_t, views, pairing):
     cross: view i answers for every *other* view, as in DINO. H(p, q) is linear in p, so the mean of the
            cross-entropies is the cross-entropy with the mean target. Student views beyond the V that the
            teacher saw (pretraining's local crops) answer for all of them.
-    mean:  the views have one target, the same for all (train.cls_target): as `same`.
     """
     v = len(p_t)
-    if pairing != "cross" or v == 1:
+    if pairing == "same" or v == 1:
         return p_t
     total = p_t.sum(0, keepdim=True)
     others = (total - p_t) / (v - 1)
@@ -100,7 +99,7 @@ def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
 
 
 def regression_loss(y, z_s, gists):
-    """Mean squared errors of z_s (B, D, d) and gists (B, T, d) from their target y (B, d) in the student's
+    """Mean squared errors of z_s (B, D, d) and gists (B, T, d) from the teacher's CLS y (B, d) in the student's
     space, where predicting the mean costs 1. Returns (z_s's + 4 times the gists', z_s's per prefix (D,)).
 
     Our addition: the softmax over prototypes says between which centres a picture lies; k-NN and a linear

@@ -528,7 +528,7 @@ class Student(nn.Module):
     @torch.no_grad()
     def draw_together(self, y, neighbours, ridge=0.1):
         """Whitens the space once more, by the covariance of what tells pictures from their neighbours. y: CLS
-        of pictures, in this space, (n, d) -> the same in the new one. What near pictures do not
+        of pictures as they are, in this space, (n, d) -> the same in the new one. What near pictures do not
         share is not what they are of: it counts less now, and their classes lie closer together."""
         near = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices[:, 1:]  # without itself
                 for part in y.split(500))

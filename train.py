@@ -95,8 +95,8 @@ def parse(argv=None):
     add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 favours the full sequence")
-    add("--pairing", choices=["same", "cross", "mean"], default="mean",
-        help="a view answers for itself (the paper's formula), for the other views (DINO), or for the mean CLS of all")
+    add("--pairing", choices=["same", "cross"], default="same",
+        help="a view answers for itself (the paper's formula) or for the other views (DINO)")
     add("--centering", choices=["centre", "sinkhorn", "none"], default="none",
         help="against collapse of --prototype-source ema: DINO's centre, or Sinkhorn (stronger); fixed prototypes need none")
     add("--teacher-temp", type=float, default=0.1, help="after warm-up; lower: sharper, harder targets")
@@ -166,8 +166,7 @@ def split_held_out(pictures, seed):
 
 @torch.no_grad()
 def fit_teacher_statistics(teacher, student, head, pictures, args):
-    """The student's space from two views of 4000 pictures and from the neighbours of up to 20 000; k-means of these,
-    as what their views must match."""
+    """The student's space from two views of 4000 pictures and from the neighbours of up to 20 000; k-means of these."""
     augment, size = data.augmentation(args.data, args.image_size), args.image_size
 
     def encode(x):
@@ -181,10 +180,7 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
     student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
     parts = [part for part in (head, student.draft) if isinstance(part, (model.Anchors, model.Draft))]
     if parts or args.neighbours:                    # the paper's recipe needs none of it
-        views = args.views if args.pairing == "mean" else 1                     # the picture as it is, and others
-        like = argparse.Namespace(**vars(args) | {"plain": True, "views": views})
-        with evaluate.autocast(torch.device(args.device)):
-            y = torch.cat([cls_target(student, see(teacher, x, like, False), like)[:len(x)] for x in batches(20000)])
+        y = torch.cat([student.space(encode(data.normalize(x, size))[:, :1])[:, 0] for x in batches(20000)])
         neighbours = min(args.neighbours, len(y) // 10)
         for _ in range(args.rounds if neighbours else 0):
             y = student.draw_together(y, neighbours)
@@ -223,23 +219,16 @@ def cache_views(teacher, images, args):
     return cache
 
 
-def see(teacher, images, args, part=True):
+def see(teacher, images, args):
     """z_t (V*B, N+1, d) of V views of uint8 pictures (B, 3, H, W), new ones but for --plain's; or
-    (B, V, N+1, d) of the cache, put in that order. part: each process has other pictures."""
+    (B, V, N+1, d) of the cache, put in that order."""
     if images.dtype == torch.bfloat16:
         return images.transpose(0, 1).flatten(0, 1).float()
     augment, size = data.augmentation(args.data, args.image_size), args.image_size
     views = [data.normalize(images, size)] if args.plain else []
     if args.views > len(views):
-        views.append(augment(images, args.views - len(views), size, part).flatten(0, 1))
+        views.append(augment(images, args.views - len(views), size, True).flatten(0, 1))
     return teacher(torch.cat(views))
-
-
-def cls_target(student, tokens, args):
-    """z_t of V views, (V*B, N+1, d) -> what they must match, (V*B, d): each its CLS in the student's space, or
-    the mean of all views' there. What a view alone has, nobody can tell from the picture as it is (our addition)."""
-    y = student.space(tokens[:, :1])[:, 0]
-    return y.unflatten(0, (args.views, -1)).mean(0).repeat(args.views, 1) if args.pairing == "mean" else y
 
 
 def forward(teacher, student, head, softmax, images, temperature, args):
@@ -247,7 +236,7 @@ def forward(teacher, student, head, softmax, images, temperature, args):
     v, b = args.views, len(images)
     with torch.no_grad():
         tokens = see(teacher, images, args)                                     # z_t (V*B, N+1, d)
-        y = cls_target(student, tokens, args)                                   # (V*B, d)
+        y = student.space(tokens[:, :1])[:, 0]                                  # its CLS, in the student's space
         p_t = softmax(head(y).unflatten(0, (v, b)), temperature)                # (V, B, P)
     said = student.describe(tokens)                                             # T symbols each
     z_s = student.interpret(said.embeddings, said.drafts)                       # (V*B, D, d)
