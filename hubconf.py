@@ -31,7 +31,7 @@ class _Symbolizer(nn.Module):       # underscore: torch.hub.list() shows all cal
 
     @property
     def device(self):
-        return self.student.mean.device
+        return self.student.origin.device
 
     @torch.no_grad()
     def describe(self, pictures, attention=False):
@@ -53,12 +53,13 @@ class _Symbolizer(nn.Module):       # underscore: torch.hub.list() shows all cal
 
     @torch.no_grad()
     def read(self, symbols):
-        """symbols (B, T) -> z_s (B, D, d) of each prefix, from the symbols alone."""
+        """symbols (B, T) -> z_s (B, D, d) of each prefix, from the symbols alone; its zero is where
+        the teacher's is (student.origin), so that cosines compare as in evaluate.py."""
         if symbols.ndim != 2 or symbols.shape[1] != self.length:
             raise ValueError(f"symbols must be (B, {self.length}), not {tuple(symbols.shape)}")
         if len(symbols) and not 0 <= symbols.min() <= symbols.max() < self.vocab:
             raise ValueError(f"symbols must be in 0..{self.vocab - 1}")
-        return self.student.read(symbols.to(self.device))
+        return self.student.read(symbols.to(self.device)) + self.student.origin
 
 
 def symbolizer(checkpoint, device="cpu"):

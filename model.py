@@ -503,6 +503,7 @@ class Student(nn.Module):
         self.register_buffer("mean", torch.zeros(2, width))                     # of CLS, of patches
         self.register_buffer("std", torch.ones(width))                          # of patches
         self.register_buffer("whiten", torch.eye(width))                        # of CLS
+        self.register_buffer("origin", torch.zeros(width))                      # where z_s = 0 lies, for k-NN
         self.descriptor = Descriptor(width, *descriptor, length, see_cls=not draft)     # it would be the answer
         self.interpreter = Interpreter(width, *interpreter, length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):

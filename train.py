@@ -186,6 +186,8 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
             y = student.draw_together(y, neighbours)
         for part in parts:
             part.fit(y)
+    if args.regression:                             # z_s lies in the CLS's space, so cosines start where its do
+        student.origin.copy_(student.mean[0] @ student.whiten)
 
 
 def free_memory():

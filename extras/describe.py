@@ -129,15 +129,15 @@ def describe_folder(symbolizer, root, out, batch_size, attention):
 def like(symbolizer, image, path, count):
     """The `count` lines of `path` whose z_s, of all T symbols, has the largest cosine with the
     picture's -> (its symbols, [(cosine, agreeing positions, path, symbols)]), ties in order."""
-    def full(symbols):                                                  # (b, T) -> (b, d)
-        return symbolizer.read(symbols)[:, -1].double()
+    def centred(symbols):                           # (b, T) -> (b, d), about the mean: see above
+        return (symbolizer.read(symbols)[:, -1] - symbolizer.student.origin).double()
 
     own = symbolizer(read_image(image, symbolizer.size)[None]).cpu()                # (1, T)
-    z, best, lines = full(own), [], codes.rows(path)                             # (1, d)
+    z, best, lines = centred(own), [], codes.rows(path)                             # (1, d)
     while batch := list(itertools.islice(lines, 1000)):
         ids = torch.tensor([row["symbols"] for _, row in batch])                    # (b, T)
         try:
-            cosine = F.cosine_similarity(full(ids), z).tolist()
+            cosine = F.cosine_similarity(centred(ids), z).tolist()
         except ValueError as error:
             raise ValueError(f"{path} is of another checkpoint: {error}") from None
         paths = [row.get("path", where) for where, row in batch]
