@@ -174,7 +174,8 @@ class Repeat(torch.nn.Module):
     def forward(self, h, hard=False, bids=None):
         said, ids = self.disc(h, hard, bids), self.given[:, self.t]
         self.t += 1
-        return said._replace(weights=F.one_hot(ids, said.weights.shape[1]).float(), embedding=self.disc.table[ids])
+        weights = F.one_hot(ids, said.weights.shape[1]).float()
+        return said._replace(weights=weights, embedding=self.disc.table[ids])
 
 
 def retell(teacher, student, images, given, size):
@@ -297,7 +298,8 @@ def main(argv=None):
     add("checkpoint", help="RUN/ckpt.pt, written by train.py")
     add("--data", help="another data set than the run's, to see if its language carries over")
     add("--images", type=int, default=10_000, help="test images: more make rare symbols surer")
-    add("--disturbed", type=int, default=2000, help="of them, for faithfulness and stability, which take most of the time")
+    add("--disturbed", type=int, default=2000,
+        help="of them, for faithfulness and stability, which take most of the time")
     add("--hide", type=float, default=0.25, help="share of the patches hidden for faithfulness")
     add("--pairs", type=int, default=50_000, help="random pairs, for topographic similarity")
     add("--permutations", type=int, default=20, help="how many the chance levels average over")
@@ -306,8 +308,10 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     try:
-        if min(args.images, args.disturbed) < 2 or min(args.pairs, args.permutations) < 1 or not 0 < args.hide < 1:
-            raise ValueError("at least: --images 2, --disturbed 2, --pairs 1, --permutations 1; --hide in (0, 1)")
+        few = min(args.images, args.disturbed) < 2 or min(args.pairs, args.permutations) < 1
+        if few or not 0 < args.hide < 1:
+            raise ValueError("at least: --images 2, --disturbed 2, --pairs 1, --permutations 1; "
+                             "--hide in (0, 1)")
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
         if args.json and not args.json.absolute().parent.is_dir():
@@ -323,8 +327,9 @@ def main(argv=None):
               f"{args.pairs} pairs, chance: {args.permutations} permutations")
         print_table(rows)
         if args.json:
-            about = {"data": name, "images": len(test), "disturbed": args.disturbed, "hidden share": args.hide,
-                     "pairs": args.pairs, "permutations": args.permutations, "seed": args.seed}
+            about = {"data": name, "images": len(test), "disturbed": args.disturbed,
+                     "hidden share": args.hide, "pairs": args.pairs,
+                     "permutations": args.permutations, "seed": args.seed}
             args.json.write_text(json.dumps(about | rows, indent=1) + "\n")
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.measures: {error}") from None

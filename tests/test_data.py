@@ -187,7 +187,7 @@ def test_no_network_says_what_to_do(monkeypatch):
 
 @pytest.fixture
 def cifar10_archive(tmp_path, monkeypatch):
-    """data/cifar-10-python.tar.gz with other pictures in it, 5 x 260 and 100, which torchvision takes for the real one."""
+    """data/cifar-10-python.tar.gz with other pictures in it, 5 x 260 and 100; torchvision takes it for the real one."""
     cifar, checksum = datasets.CIFAR10, lambda file: hashlib.md5(file.read_bytes()).hexdigest()
     folder = tmp_path / cifar.base_folder
     folder.mkdir()

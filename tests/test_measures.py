@@ -257,9 +257,9 @@ def test_the_command_on_a_checkpoint(tiny_trainer, tmp_path, capsys):
     flags = "--images 60 --disturbed 30 --permutations 2 --pairs 100 --device cpu --json".split()
     measures.main([str(tmp_path / "ckpt.pt"), *flags, str(tmp_path / "figures.json")])
     rows = json.loads((tmp_path / "figures.json").read_text())
-    about = {key: rows.pop(key) for key in ("data", "images", "disturbed", "hidden share", "pairs", "permutations", "seed")}
-    assert about == {"data": "shapes", "images": 60, "disturbed": 30, "hidden share": 0.25, "pairs": 100,
-                     "permutations": 2, "seed": 0}
+    expected = {"data": "shapes", "images": 60, "disturbed": 30, "hidden share": 0.25, "pairs": 100,
+                "permutations": 2, "seed": 0}
+    assert {key: rows.pop(key) for key in expected} == expected
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows) and len(rows) == 17
     assert len(rows["changed, 1 of 4 patches hidden"]["attended"]) == 8
