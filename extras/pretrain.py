@@ -133,6 +133,9 @@ class Pretrainer:
         self.augment_local = copy.copy(self.augment)
         self.augment_local.crop = tuple(args.local_crop)
         self.steps_per_epoch = len(pictures) // args.batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(f"--batch-size {args.batch_size} is more than the {len(pictures)} pictures to train on: "
+                             "6000 are held out for k-NN")
         self.steps, self.step, self.seconds = args.epochs * self.steps_per_epoch, 0, 0.0
         self.gflop_per_image = self.peak = None             # see `measure`
 

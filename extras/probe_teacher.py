@@ -25,20 +25,13 @@ def cls_features(teacher, images, size, batch_size=250):
                           for x in images.split(batch_size)])
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("teacher", help="a name in weights/ or a file of extras.pretrain")
-    p.add_argument("--data", default="shapes", help="as in train.py")
-    p.add_argument("--train-images", type=data.image_count, help="default: all")
-    p.add_argument("--test-images", type=data.image_count, help="default: all")
-    p.add_argument("--json", type=Path, help="also write the figures there")
-    args = p.parse_args()
-    try:
-        teacher = model.build_teacher(args.teacher)
-        sets = [data.load(args.data, split, 32, n) for split, n in
-                (("train", args.train_images), ("test", args.test_images))]
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"extras.probe_teacher: {error}") from None
+def run(args):
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
+    data.check_labels(args.data)
+    teacher = model.build_teacher(args.teacher)
+    sets = [data.load(args.data, split, 32, n) for split, n in
+            (("train", args.train_images), ("test", args.test_images))]
     train, test = (cls_features(teacher, s.images, 32) for s in sets)
     figures, factors = {}, data.FACTORS if args.data == "shapes" else {"class": sets[0].classes}
     for name, values in factors.items():
@@ -51,6 +44,19 @@ def main():
         print(f"{name:8}" + "".join(f"  {key} {value:.2f}" for key, value in figures[name].items()), flush=True)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("teacher", help="a name in weights/ or a file of extras.pretrain")
+    p.add_argument("--data", default="shapes", help="as in train.py")
+    p.add_argument("--train-images", type=data.image_count, help="default: all")
+    p.add_argument("--test-images", type=data.image_count, help="default: all")
+    p.add_argument("--json", type=Path, help="also write the figures there")
+    try:
+        run(p.parse_args())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"extras.probe_teacher: {error}") from None
 
 
 if __name__ == "__main__":

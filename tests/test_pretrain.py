@@ -153,3 +153,8 @@ def test_a_stem_halves_the_picture_where_its_channels_change():
     assert strides == [2, 1, 2, 1]
     with pytest.raises(ValueError, match="makes patches of 8 pixels, not 4"):
         model.small_vit(8, 4, 64, 1, 1, (4, 8, 16))
+
+
+def test_too_few_pictures_are_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="^--batch-size 101 is more than the 100 pictures.*6000 are held out"):
+        pretrain.run(pretrain.parse([*TINY, "--batch-size", "101", "--out", str(tmp_path)]))
