@@ -191,7 +191,7 @@ def encode(student, teacher, image_set, size, batch_size=256, soft=False):
                 said["soft"] = student.describe(tokens, hard=False)
         batch = {"cls": tokens[:, 0].float(), "ids": said["z"].ids}
         for name, words in said.items():  # read in float32: bf16 would blur one code into several
-            z = student.interpret(words.embeddings.float(), words.drafts.float()) + student.origin
+            z = student.interpret(words.embeddings.float(), words.drafts.float())
             batch[name] = z.transpose(0, 1)                                        # (D, B, d)
         batches.append({name: x.cpu() for name, x in batch.items()})
     out = {name: torch.cat([batch[name] for batch in batches], dim=int(name in ("z", "soft")))

@@ -31,7 +31,7 @@ class _Symbolizer(nn.Module):       # underscore: torch.hub.list() shows all cal
 
     @property
     def device(self):
-        return self.student.origin.device
+        return self.student.mean.device
 
     @torch.no_grad()
     def describe(self, pictures, attention=False):
@@ -53,13 +53,12 @@ class _Symbolizer(nn.Module):       # underscore: torch.hub.list() shows all cal
 
     @torch.no_grad()
     def read(self, symbols):
-        """symbols (B, T) -> z_s (B, D, d) of each prefix, from the symbols alone; its zero is where
-        the teacher's is (student.origin), so that cosines compare as in evaluate.py."""
+        """symbols (B, T) -> z_s (B, D, d) of each prefix, from the symbols alone; cosines compare it."""
         if symbols.ndim != 2 or symbols.shape[1] != self.length:
             raise ValueError(f"symbols must be (B, {self.length}), not {tuple(symbols.shape)}")
         if len(symbols) and not 0 <= symbols.min() <= symbols.max() < self.vocab:
             raise ValueError(f"symbols must be in 0..{self.vocab - 1}")
-        return self.student.read(symbols.to(self.device)) + self.student.origin
+        return self.student.read(symbols.to(self.device))
 
 
 def symbolizer(checkpoint, device="cpu"):

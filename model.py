@@ -489,8 +489,8 @@ class Student(nn.Module):
     Space (our choice): the CLS token is centred and whitened by its covariance *within* pictures, between
     augmented views, so that a unit is as much as an augmentation moves it, in every direction: the student
     should say what lasts, and a teacher's few loud directions would otherwise be all that it says. Then by
-    what tells it from its neighbours (`draw_together`). Patch tokens: mean 0 and deviation 1 in each
-    dimension."""
+    what tells it from its neighbours (`draw_together`), and of all this the loudest directions (`project`).
+    Patch tokens: mean 0 and deviation 1 in each dimension."""
 
     def __init__(self, width, disc, projector, length=8, descriptor=(6, 8), interpreter=(12, 6), draft=True):
         """descriptor and interpreter: (depth, heads). Raises ValueError for sizes that do not fit."""
@@ -503,7 +503,6 @@ class Student(nn.Module):
         self.register_buffer("mean", torch.zeros(2, width))                     # of CLS, of patches
         self.register_buffer("std", torch.ones(width))                          # of patches
         self.register_buffer("whiten", torch.eye(width))                        # of CLS
-        self.register_buffer("origin", torch.zeros(width))                      # where z_s = 0 lies, for k-NN
         self.descriptor = Descriptor(width, *descriptor, length, see_cls=not draft)     # it would be the answer
         self.interpreter = Interpreter(width, *interpreter, length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
@@ -533,10 +532,21 @@ class Student(nn.Module):
         share is not what they are of: it counts less now, and their classes lie closer together."""
         near = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices[:, 1:]  # without itself
                 for part in y.split(500))
-        whiten = whitening(y - torch.cat([y[i].mean(1) for i in near]), ridge)
-        whiten = whiten / ((y - y.mean(0)) @ whiten).square().mean().sqrt().clamp(min=1e-6)
-        self.whiten.copy_(self.whiten @ whiten)
-        return y @ whiten
+        return self.transform(y, whitening(y - torch.cat([y[i].mean(1) for i in near]), ridge))
+
+    @torch.no_grad()
+    def project(self, y, directions):
+        """Leaves as many directions of the space as pictures differ most in; y (n, d) and what is returned as
+        in `draw_together`. A symbol spent on the others, in which neighbours agree no more than others do,
+        would be lost on k-NN; and the patches tell little of them."""
+        axes = torch.linalg.eigh(torch.cov(y.T)).eigenvectors[:, -directions:]  # the largest come last
+        return self.transform(y, axes @ axes.T)
+
+    def transform(self, y, change):
+        """Space and y (n, d) in it, changed by a matrix (d, d), and to mean square 1 again."""
+        change = change / ((y - y.mean(0)) @ change).square().mean().sqrt().clamp(min=1e-6)
+        self.whiten.copy_(self.whiten @ change)
+        return y @ change
 
     def space(self, tokens):
         """z_t (B, N+1, d) -> the same in the student's space; overall the CLS has mean 0, mean square 1."""

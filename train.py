@@ -34,13 +34,13 @@ import visualize
 # What a preset changes in the flags' defaults. `small` is the defaults themselves.
 PRESETS = {
     "small": {},
-    "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None, vocab=256,
+    "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None, vocab=512,
                     descriptor_depth=4, interpreter_depth=4, batch_size=256, epochs=3, rounds=1),
     "paper": dict(data="cifar10", straight_through=False, train_images=None, test_images=None, image_size=224, teacher="dino_vitb16",
                   vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
                   prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",
                   pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, student_temp=0.1, epochs=140,
-                  draft=False, plain=False, neighbours=0, regression=0.0, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
+                  draft=False, plain=False, neighbours=0, directions=0, regression=0.0, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
 }
 
 
@@ -92,6 +92,8 @@ def parse(argv=None):
              "all); 0: off, the paper")
     add("--rounds", type=int, default=3,
         help="how often, with neighbours in the space of the round before; 1 where the nearest are often of another kind")
+    add("--directions", type=int, default=32,
+        help="then the space keeps so many directions, those in which pictures differ most; 0: all, the paper")
     add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 favours the full sequence")
@@ -139,10 +141,9 @@ def check(args):
         value = getattr(args, name)
         if value is not None and value <= 0:                                    # None: all images
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    if args.neighbours < 0:
-        raise ValueError(f"--neighbours must not be below 0, and is {args.neighbours}")
-    if args.save_minutes < 0:
-        raise ValueError(f"--save-minutes must not be below 0, and is {args.save_minutes}")
+    for name in ("neighbours", "directions", "save_minutes"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be below 0, and is {getattr(args, name)}")
     if args.draft and not args.regression:
         raise ValueError("--draft learns what to say by --regression; set it above 0, or add --no-draft")
     distributed.check_batch(args.batch_size, args.accumulate)
@@ -179,15 +180,15 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
     cls = [encode(augment(x, 2, size).flatten(0, 1))[:, 0].unflatten(0, (2, len(x))) for x in batches(4000)]
     student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
     parts = [part for part in (head, student.draft) if isinstance(part, (model.Anchors, model.Draft))]
-    if parts or args.neighbours:                    # the paper's recipe needs none of it
+    if parts or args.neighbours or args.directions:         # the paper's recipe needs none of it
         y = torch.cat([student.space(encode(data.normalize(x, size))[:, :1])[:, 0] for x in batches(20000)])
         neighbours = min(args.neighbours, len(y) // 10)
         for _ in range(args.rounds if neighbours else 0):
             y = student.draw_together(y, neighbours)
+        if args.directions:
+            y = student.project(y, args.directions)
         for part in parts:
             part.fit(y)
-    if args.regression:                             # z_s lies in the CLS's space, so cosines start where its do
-        student.origin.copy_(student.mean[0] @ student.whiten)
 
 
 def free_memory():

@@ -72,7 +72,7 @@ def features(args, sets):
         student = model.Student(teacher.width, None, None, 1, (1, 1), (1, 1), draft=False)
         train_script.fit_teacher_statistics(teacher, student.to(args.device), None, sets[0], args)
         student.cpu()
-        train, test = (student.space(x[:, None])[:, 0] + student.origin for x in (train, test))
+        train, test = (student.space(x[:, None])[:, 0] for x in (train, test))
         yield "whitened", train, test, None
     for n, pair in enumerate(residual_kmeans(train, test, args.vocab, args.length), 1):
         if n & (n - 1) == 0:                                    # the student's prefixes
@@ -111,7 +111,7 @@ def parse(argv=None):
     p.add_argument("--rounds", type=int, default=3, help="of --space, as in train.py")
     p.add_argument("--json", type=Path, help="also write the figures there")
     defaults = vars(train_script.parse([]))                         # what train.py's fit of the space reads
-    p.set_defaults(**{name: defaults[name] for name in ("batch_size", "regression", "neighbours")})
+    p.set_defaults(**{name: defaults[name] for name in ("batch_size", "neighbours", "directions")})
     return p.parse_args(argv)
 
 

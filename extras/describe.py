@@ -12,9 +12,9 @@ The same command goes on with an unfinished file: its lines are kept, a torn las
 It refuses if the lines are not those of FOLDER's first pictures, or if the first picture, described
 again, does not get its line's symbols and log_prob: then another checkpoint has written them.
 
---like compares z_s, read from the symbols alone, by its cosine about the mean of the pictures that
-the student was trained on: 1 the same, 0 nothing in common. (evaluate.py's cosines are about the
-teacher's zero, so far away that all are near 1.) It cannot see who wrote the file.
+--like compares z_s, read from the symbols alone, by its cosine, whose zero is the mean of the
+pictures that the student was trained on: 1 the same, 0 nothing in common. It cannot see who wrote
+the file.
 --check audits a file of any system's codes, see extras/codes.py.
 """
 import argparse
@@ -129,15 +129,12 @@ def describe_folder(symbolizer, root, out, batch_size, attention):
 def like(symbolizer, image, path, count):
     """The `count` lines of `path` whose z_s, of all T symbols, has the largest cosine with the
     picture's -> (its symbols, [(cosine, agreeing positions, path, symbols)]), ties in order."""
-    def centred(symbols):                           # (b, T) -> (b, d), about the mean: see above
-        return (symbolizer.read(symbols)[:, -1] - symbolizer.student.origin).double()
-
     own = symbolizer(read_image(image, symbolizer.size)[None]).cpu()                # (1, T)
-    z, best, lines = centred(own), [], codes.rows(path)                             # (1, d)
+    z, best, lines = symbolizer.read(own)[:, -1].double(), [], codes.rows(path)      # (1, d)
     while batch := list(itertools.islice(lines, 1000)):
         ids = torch.tensor([row["symbols"] for _, row in batch])                    # (b, T)
         try:
-            cosine = F.cosine_similarity(centred(ids), z).tolist()
+            cosine = F.cosine_similarity(symbolizer.read(ids)[:, -1].double(), z).tolist()
         except ValueError as error:
             raise ValueError(f"{path} is of another checkpoint: {error}") from None
         paths = [row.get("path", where) for where, row in batch]

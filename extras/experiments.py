@@ -55,11 +55,12 @@ TABLES = {
     "ablation": BASE | {
         "softmax-128-balance": "train.py --balance 2",
         "softmax-128-no-neighbours": "train.py --neighbours 0",
+        "softmax-128-all-directions": "train.py --directions 0",
         "softmax-128-no-plain": "train.py --no-plain",
         "softmax-128-no-draft": "train.py --no-draft --balance 2",
         "softmax-128-no-draft-no-balance": "train.py --no-draft",
         "softmax-128-no-regression": "train.py --no-draft --balance 2 --regression 0",
-        "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --neighbours 0 --no-plain "
+        "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --neighbours 0 --directions 0 --no-plain "
                            "--prototype-source ema --centering centre --teacher-temp 0.07 --teacher-temp-start 0.04"},
 }
 # The teacher of photographs: the first tenth of the shipped one's training, for other seeds, and the
@@ -76,7 +77,7 @@ EXPERIMENTS = {f"{data}-{name}": " ".join(filter(None, [
     command, flags, SPACE[data] if command.startswith("train.py") or "--space" in command else ""]))
     for data, flags in DATA.items() for recipes in TABLES.values() for name, command in recipes.items()} | TEACHERS
 EXPERIMENTS["cifar10-whole"] = "train.py --preset cifar10 --data folder:cifar10"
-EXPERIMENTS["cifar10-whole-kmeans"] = ("-m extras.baselines --vocab 256 --train-images all --test-images all "
+EXPERIMENTS["cifar10-whole-kmeans"] = ("-m extras.baselines --vocab 512 --train-images all --test-images all "
                                        "--data folder:cifar10 --teacher cifar10")
 # The paper's: nine runs in three panels; the strategies, where it has a figure for each of them
 FIGURES = {3: (DISCS, ("teacher_entropy", "kl", "knn_top1")),

@@ -236,6 +236,19 @@ def test_neighbours_draw_together():
     assert torch.linalg.cond(apart.T @ apart) < 0.2 * torch.linalg.cond((y - y[near].mean(1)).T @ (y - y[near].mean(1)))
 
 
+def test_projection_keeps_the_loudest_directions():
+    """Planted: pictures differ in three directions more than in the others, about a mean that is far away."""
+    student, axes = make_student(), torch.linalg.qr(torch.randn(D, D)).Q
+    loud = torch.cat([torch.tensor([3.0, 2.0, 1.0]), torch.full((D - 3,), 0.1)])
+    mean, y = 4 * axes[-1], torch.randn(5000, D) * loud @ axes.T
+    after = student.project(mean + y, 3)
+    assert close(student.space(torch.cat([(mean + y)[:, None], torch.zeros(5000, N, D)], 1))[:, 0], after, 1e-4)
+    kept = y @ axes[:, :3] @ axes[:, :3].T
+    kept = kept / kept.square().mean().sqrt()                                   # mean square 1 about the mean
+    assert torch.linalg.matrix_rank(student.whiten, rtol=1e-4) == 3
+    assert (after - after.mean(0) - kept).square().mean() < 1e-3
+
+
 def test_space_of_views_that_do_not_move():
     student, tokens = make_student(), torch.randn(20, N + 1, D)
     student.fit_space(tokens[:, 0].expand(2, -1, -1), tokens[:, 1:])
