@@ -369,11 +369,12 @@ class Draft(nn.Module):
         self.show = nn.Linear(width, width)
 
     @torch.no_grad()
-    def fit(self, cls):
-        """Residual k-means of CLS in the student's space, (n, d). A unit is one deviation of the squared
-        distances, so that bids have deviation 1 at every place, however little is left there."""
+    def fit(self, cls, near):
+        """Residual k-means of CLS in the student's space, (n, d). The first symbols are centres of pictures
+        half on their way to what is near them, (n, d): of kinds, more than of single pictures. A unit is one
+        deviation of the squared distances: bids have deviation 1 at every place, however little is left."""
         for t, centres in enumerate(self.centres):
-            centres.copy_(discretize.kmeans(cls, len(centres), 25))
+            centres.copy_(discretize.kmeans(cls if t else (cls + near) / 2, len(centres), 25))
             distance = torch.cdist(cls, centres)                                # (n, K)
             self.unit[t] = distance.square().std()
             cls = cls - centres[distance.argmin(1)]
@@ -476,6 +477,13 @@ class Interpreter(nn.Module):
         return self.out(self.norm(x))
 
 
+def neighbour_means(y, neighbours):
+    """y (n, d) -> (n, d), the mean of so many others that lie nearest to each."""
+    near = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices[:, 1:]     # without itself
+            for part in y.split(500))
+    return torch.cat([y[i].mean(1) for i in near])
+
+
 def whitening(x, ridge):
     """The symmetric matrix that makes the covariance of x (n, d), of mean 0, the same in all directions, up
     to a factor. ridge: share of the largest variance that is added to all of them."""
@@ -530,9 +538,7 @@ class Student(nn.Module):
         """Whitens the space once more, by the covariance of what tells pictures from their neighbours. y: CLS
         of pictures as they are, in this space, (n, d) -> the same in the new one. What near pictures do not
         share is not what they are of: it counts less now, and their classes lie closer together."""
-        near = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices[:, 1:]  # without itself
-                for part in y.split(500))
-        return self.transform(y, whitening(y - torch.cat([y[i].mean(1) for i in near]), ridge))
+        return self.transform(y, whitening(y - neighbour_means(y, neighbours), ridge))
 
     @torch.no_grad()
     def project(self, y, directions):

@@ -179,16 +179,18 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
 
     cls = [encode(augment(x, 2, size).flatten(0, 1))[:, 0].unflatten(0, (2, len(x))) for x in batches(4000)]
     student.fit_space(torch.cat(cls, 1), torch.cat([encode(augment(x, 1, size)[0])[:, 1:] for x in batches(500)]))
-    parts = [part for part in (head, student.draft) if isinstance(part, (model.Anchors, model.Draft))]
-    if parts or args.neighbours or args.directions:         # the paper's recipe needs none of it
+    anchored, draft = isinstance(head, model.Anchors), student.draft
+    if anchored or draft or args.neighbours or args.directions:     # the paper's recipe needs none of it
         y = torch.cat([student.space(encode(data.normalize(x, size))[:, :1])[:, 0] for x in batches(20000)])
         neighbours = min(args.neighbours, len(y) // 10)
         for _ in range(args.rounds if neighbours else 0):
             y = student.draw_together(y, neighbours)
         if args.directions:
             y = student.project(y, args.directions)
-        for part in parts:
-            part.fit(y)
+        if anchored:
+            head.fit(y)
+        if draft:
+            draft.fit(y, model.neighbour_means(y, neighbours) if neighbours else y)
 
 
 def free_memory():

@@ -174,7 +174,7 @@ def test_the_draft_starts_as_residual_k_means():
     best = 1e9
     for _ in range(20):                                     # k-means may start badly
         draft = model.Draft(D, 2, 4)
-        draft.fit(cls)
+        draft.fit(cls, cls)
         left, symbols = cls, []
         for t in range(2):
             symbols.append(draft.bids(left, t).argmax(1))
@@ -184,6 +184,24 @@ def test_the_draft_starts_as_residual_k_means():
         best = min(best, left.abs().max().item())
         assert abs(torch.cdist(cls, draft.centres[0]).square().std() / draft.unit[0] - 1) < 1e-3
     assert best < 1e-2
+
+
+@torch.no_grad()
+def test_the_first_symbol_is_a_centre_of_what_lies_near():
+    """Planted: pictures of two kinds, a fifth of which stray; half way to what is near they are two kinds."""
+    kinds, strays = 4 * torch.eye(D)[:2].repeat(40, 1), torch.zeros(80, D)
+    strays[::5] = 6 * torch.eye(D)[3]
+    draft, errors = model.Draft(D, 2, 2), []
+    for _ in range(40):                                     # k-means may start badly
+        draft.fit(kinds + strays, kinds - strays)           # half way between them: the kinds
+        read = torch.cdist(kinds, draft.centres[0]).min(1).values, torch.cdist(strays, draft.centres[1]).min(1).values
+        errors.append([x.max().item() for x in read])
+    assert min(errors) < [1e-4, 1e-4] and min(e[1] for e in errors if e[0] < 1e-4) < 1e-4    # the second: who strays
+
+
+def test_neighbour_means_leave_a_picture_itself_out():
+    y = torch.tensor([[0.0], [1], [3], [7], [1000]])
+    assert torch.equal(model.neighbour_means(y, 2), torch.tensor([[2.0], [1.5], [0.5], [2], [5]]))
 
 
 @torch.no_grad()
