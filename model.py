@@ -350,6 +350,18 @@ class Description(NamedTuple):
     attention: torch.Tensor | None  # (B, T, N) over the patches, rows sum to 1
 
 
+def ordered_like(meant, centres):
+    """centres (K, d) in the order in which each has a large cosine with the row of meant (K, d) beside it:
+    greedily, the most similar pair first."""
+    cosine = F.normalize(meant, dim=1) @ F.normalize(centres, dim=1).T          # (K, K)
+    order = torch.empty(len(centres), dtype=torch.long)
+    for _ in range(len(centres)):
+        k, best = divmod(cosine.argmax().item(), len(centres))
+        order[k] = best
+        cosine[k], cosine[:, best] = -2, -2                                     # both are taken
+    return centres[order.to(centres.device)]
+
+
 class Draft(nn.Module):
     """A first, linear reading of the symbols so far, and what it makes of the next one. Our addition,
     after residual quantisation: c_tk in the student's space is what symbol k stands for at place t,
@@ -372,9 +384,13 @@ class Draft(nn.Module):
     def fit(self, cls, near):
         """Residual k-means of CLS in the student's space, (n, d). The first symbols are centres of pictures
         half on their way to what is near them, (n, d): of kinds, more than of single pictures. A unit is one
-        deviation of the squared distances: bids have deviation 1 at every place, however little is left."""
+        deviation of the squared distances: bids have deviation 1 at every place, however little is left. A
+        symbol points the same way at all places, as far as possible: so it is one word, and not T words."""
+        meant = 0
         for t, centres in enumerate(self.centres):
-            centres.copy_(discretize.kmeans(cls if t else (cls + near) / 2, len(centres), 25))
+            fitted = discretize.kmeans(cls if t else (cls + near) / 2, len(centres), 25)
+            centres.copy_(ordered_like(meant, fitted) if t else fitted)
+            meant = meant + F.normalize(centres, dim=1)
             distance = torch.cdist(cls, centres)                                # (n, K)
             self.unit[t] = distance.square().std()
             cls = cls - centres[distance.argmin(1)]

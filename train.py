@@ -36,11 +36,13 @@ PRESETS = {
     "small": {},
     "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None, vocab=512,
                     descriptor_depth=4, interpreter_depth=4, batch_size=256, epochs=3, rounds=1),
-    "paper": dict(data="cifar10", straight_through=False, train_images=None, test_images=None, image_size=224, teacher="dino_vitb16",
-                  vocab=512, descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
-                  prototypes=8192, hidden=2048, bottleneck=256, prototype_source="ema", centering="centre",
-                  pairing="same", teacher_temp_start=0.04, teacher_temp=0.07, student_temp=0.1, epochs=140,
-                  draft=False, plain=False, neighbours=0, directions=0, regression=0.0, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
+    "paper": dict(data="cifar10", teacher="dino_vitb16", image_size=224, train_images=None, test_images=None,
+                  descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
+                  prototypes=8192, hidden=2048, bottleneck=256, vocab=512, straight_through=False,
+                  prototype_source="ema", centering="centre", pairing="same",
+                  teacher_temp_start=0.04, teacher_temp=0.07, student_temp=0.1,
+                  draft=False, plain=False, neighbours=0, directions=0, regression=0.0,        # ours, off
+                  epochs=140, batch_size=64, lr=5e-4, warmup_epochs=10, weight_decay_end=0.4, knn_every=5),
 }
 
 
@@ -55,7 +57,8 @@ def parse(argv=None):
         help="at most so many, or all; fewer: shorter epochs")
     add("--test-images", type=data.image_count, default=5000,
         help="at most so many, or all; for the evaluation at the end only")
-    add("--image-size", type=int, default=32, help="pixels; what the teacher was trained on, or a multiple of its patch")
+    add("--image-size", type=int, default=32,
+        help="pixels; what the teacher was trained on, or a multiple of its patch")
     add("--views", type=int, default=4, help="V, augmented views per picture; 1 trains on same-view pairs only")
     add("--plain", action=argparse.BooleanOptionalAction, default=True,
         help="the first view is the picture as it is, as it will be described (not of --cache-views); the paper: no")
@@ -77,7 +80,8 @@ def parse(argv=None):
     add("--interpreter-depth", type=int, default=2, help="blocks")
     add("--interpreter-heads", type=int, default=4)
     add("--draft", action=argparse.BooleanOptionalAction, default=True,
-        help="symbols start as residual k-means of the CLS, which the descriptor must tell from the patches; the paper: no")
+        help="symbols start as residual k-means of the CLS, which the descriptor must tell from the patches; "
+             "the paper: no")
     add("--prototypes", type=int, default=1024, help="P, outputs of the projector; more for more varied data")
     add("--hidden", type=int, default=512, help="width of the projector's MLP with --prototype-source ema")
     add("--bottleneck", type=int, default=128, help="width in front of the prototypes with --prototype-source ema")
@@ -91,7 +95,8 @@ def parse(argv=None):
         help="the student's space is whitened by what tells pictures from so many nearest ones (at most a tenth of "
              "all); 0: off, the paper")
     add("--rounds", type=int, default=3,
-        help="how often, with neighbours in the space of the round before; 1 where the nearest are often of another kind")
+        help="how often, with neighbours in the space of the round before; 1 where the nearest are often of "
+             "another kind")
     add("--directions", type=int, default=32,
         help="then the space keeps so many directions, those in which pictures differ most; 0: all, the paper")
     add("--ema", type=float, default=0.996, help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
@@ -100,7 +105,8 @@ def parse(argv=None):
     add("--pairing", choices=["same", "cross"], default="same",
         help="a view answers for itself (the paper's formula) or for the other views (DINO)")
     add("--centering", choices=["centre", "sinkhorn", "none"], default="none",
-        help="against collapse of --prototype-source ema: DINO's centre, or Sinkhorn (stronger); fixed prototypes need none")
+        help="against collapse of --prototype-source ema: DINO's centre, or Sinkhorn (stronger); fixed "
+             "prototypes need none")
     add("--teacher-temp", type=float, default=0.1, help="after warm-up; lower: sharper, harder targets")
     add("--teacher-temp-start", type=float, default=0.1, help="before warm-up (30 epochs at most)")
     add("--student-temp", type=float, default=0.1)
@@ -118,7 +124,8 @@ def parse(argv=None):
     add("--weight-decay-end", type=float, default=0.04, help="reached by a cosine; DINO: 0.4, for long runs")
     add("--clip", type=float, default=2.0, help="largest norm of the gradient")
     add = p.add_argument_group("run").add_argument
-    add("--out", type=Path, default=None, help="run directory; default runs/DATA-DISC-VOCAB-sSEED, with -2, -3 … if taken")
+    add("--out", type=Path, default=None,
+        help="run directory; default runs/DATA-DISC-VOCAB-sSEED, with -2, -3 … if taken")
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt, to the bit on a CPU")
     add("--save-minutes", type=float, default=10,
         help="minutes between checkpoints within an epoch: as much is lost in a crash; "
@@ -137,7 +144,8 @@ def check(args):
     """Flags that would fail later, or silently do nothing. Raises ValueError."""
     for name in ("train_images", "test_images", "image_size", "views", "batch_size", "epochs", "accumulate",
                  "descriptor_depth", "descriptor_heads", "interpreter_depth", "interpreter_heads",
-                 "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "teacher_temp_start", "lr", "lam", "clip", "rounds"):
+                 "prototypes", "hidden", "bottleneck", "student_temp", "teacher_temp", "teacher_temp_start",
+                 "lr", "lam", "clip", "rounds"):
         value = getattr(args, name)
         if value is not None and value <= 0:                                    # None: all images
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
@@ -438,7 +446,8 @@ def open_run(args):
             raise ValueError("--resume with other flags than the run's: " + ", ".join(
                 f"--{k.replace('_', '-')} was {state['config'].get(k)}, is {now[k]}" for k in differ))
     elif checkpoint.exists(out / "ckpt.pt") and not args.overwrite:
-        raise ValueError(f"{out} holds a run already: --resume to continue it, --overwrite to start anew, or another --out")
+        raise ValueError(f"{out} holds a run already: --resume to continue it, --overwrite to start anew, or "
+                         "another --out")
     out.mkdir(parents=True, exist_ok=True)
     return out, state
 
@@ -459,7 +468,8 @@ def start(args, out, state):
         teacher = model.build_teacher(args.teacher, args.random_teacher).to(args.device)
         pictures = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
     if args.image_size % teacher.patch:
-        raise ValueError(f"--image-size {args.image_size} is no multiple of the teacher's patch, {teacher.patch} pixels")
+        raise ValueError(f"--image-size {args.image_size} is no multiple of the teacher's patch, "
+                         f"{teacher.patch} pixels")
     student, head = (m.to(args.device) for m in model.build_student(vars(args), teacher.width))
     keeper = checkpoint.Keeper(out / "ckpt.pt", args.save_minutes, pictures.fingerprint())
     pictures, held_out = split_held_out(pictures, args.seed)

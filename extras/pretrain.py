@@ -41,7 +41,8 @@ def parse(argv=None):
     add("--data", default="shapes", help="shapes, cifar10, cifar100, stl10 or folder:PATH")
     add("--train-images", type=data.image_count, help="use at most so many; default: all")
     add("--image-size", type=int, default=32, help="pixels; a multiple of the patch")
-    add("--crop", type=float, nargs=2, default=None, help="share of the area of a global crop, from and to; default the data set's")
+    add("--crop", type=float, nargs=2, default=None,
+        help="share of the area of a global crop, from and to; default the data set's")
     add("--locals", type=int, default=0,
         help="local crops per picture besides the two global ones; they help on photographs (DINO: 8) and hurt on "
              "shapes, where a part of the picture may not show the object")
@@ -52,7 +53,8 @@ def parse(argv=None):
     add("--stem", type=int, nargs="*", default=(32, 64),
         help="channels of 3x3 convolutions in front (Xiao et al. 2021), stride 2 where their number changes: learns "
              "sooner; none: a patch embedding")
-    add("--patch", type=int, default=4, help="pixels; with a stem, the product of its strides. Finer is quadratically slower")
+    add("--patch", type=int, default=4,
+        help="pixels; with a stem, the product of its strides. Finer is quadratically slower")
     add("--width", type=int, default=128, help="d, a multiple of 64: there are 64 channels to a head")
     add("--depth", type=int, default=4, help="blocks")
     add("--prototypes", type=int, default=512, help="P; more for more varied data")

@@ -196,7 +196,31 @@ def test_the_first_symbol_is_a_centre_of_what_lies_near():
         draft.fit(kinds + strays, kinds - strays)           # half way between them: the kinds
         read = torch.cdist(kinds, draft.centres[0]).min(1).values, torch.cdist(strays, draft.centres[1]).min(1).values
         errors.append([x.max().item() for x in read])
-    assert min(errors) < [1e-4, 1e-4] and min(e[1] for e in errors if e[0] < 1e-4) < 1e-4    # the second: who strays
+    assert min((second for first, second in errors if first < 1e-4), default=1) < 1e-4     # the second: who strays
+
+
+def test_centres_in_the_order_of_others_that_point_the_same_way():
+    meant = torch.randn(20, D)
+    shuffled = torch.randperm(20)
+    scaled = meant * torch.linspace(0.1, 9, 20)[:, None] + 0.01 * torch.randn(20, D)
+    assert torch.equal(model.ordered_like(meant, scaled[shuffled]), scaled)
+    tied = torch.eye(D)[:1].expand(4, -1)                   # all alike, or nothing at all: each once, all the same
+    for others in (tied, 0 * tied, torch.randn(4, D)):
+        assert torch.equal(model.ordered_like(tied, others).sort(0).values, others.sort(0).values)
+
+
+@torch.no_grad()
+def test_a_symbol_points_the_same_way_at_every_place():
+    """Planted: four directions; the first symbol says which, the second which other one is there too."""
+    axes = torch.eye(D)[:4]
+    cls = (5 * axes[:, None] + axes).flatten(0, 1).repeat(5, 1) + 1e-4 * torch.randn(80, D)
+    same = 0
+    for _ in range(20):                                     # k-means may start badly
+        draft = model.Draft(D, 2, 4)
+        draft.fit(cls, cls)
+        cosine = torch.nn.functional.normalize(draft.centres, dim=2)
+        same = max(same, (cosine[0] * cosine[1]).sum(1).min().item())
+    assert same > 0.5                                       # of pairs that do not belong together: below 0
 
 
 def test_neighbour_means_leave_a_picture_itself_out():
@@ -250,7 +274,7 @@ def test_neighbours_draw_together():
         return ((x - centres[classes]).square().sum() / (x - x.mean(0)).square().sum()).item()
     assert within(after) < 0.7 * within(y)
     near = torch.cdist(y, y).fill_diagonal_(math.inf).topk(20, largest=False).indices
-    apart = after - after[near].mean(1)                     # in the new space alike in all directions, but for the ridge
+    apart = after - after[near].mean(1)  # alike in all directions, but for the ridge
     assert torch.linalg.cond(apart.T @ apart) < 0.2 * torch.linalg.cond((y - y[near].mean(1)).T @ (y - y[near].mean(1)))
 
 
