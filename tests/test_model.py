@@ -218,7 +218,7 @@ def test_a_symbol_points_the_same_way_at_every_place():
     for _ in range(20):                                     # k-means may start badly
         draft = model.Draft(D, 2, 4)
         draft.fit(cls, cls)
-        cosine = torch.nn.functional.normalize(draft.centres, dim=2)
+        cosine = F.normalize(draft.centres, dim=2)
         same = max(same, (cosine[0] * cosine[1]).sum(1).min().item())
     assert same > 0.5                                       # of pairs that do not belong together: below 0
 
