@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,14 @@ EPOCHS = (1, 3, 10, 30, 100)                                    # of a teacher's
 MEASURED = ("knn_top1", "knn_top5", "linear_top1", "linear_top5", "retention", "perplexity")
 
 
+RUNNING = set()                                                 # child processes
+
+
+def stop(*_):
+    """SIGTERM."""
+    raise SystemExit("extras.experiments: stopped; the same command goes on")
+
+
 def start(name, seed, threads):
     """Runs one experiment, or goes on with it, and keeps its log. -> why it failed, or None."""
     run, begun = f"{name}-s{seed}", time.time()
@@ -100,9 +109,12 @@ def start(name, seed, threads):
                "--json" if flat else "--out", where, *["--resume"] * any(out.glob("ckpt*.pt"))]
     try:
         RUNS.mkdir(exist_ok=True)
-        with open(log, "w") as file:
-            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                                  env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+        with open(log, "w") as file, subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)}) as child:
+            RUNNING.add(child)
+            code = child.wait()
+            RUNNING.discard(child)
         if code:
             last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
             raise OSError(f"exit code {code}: {last} (log: {os.path.relpath(log, ROOT)})")
@@ -125,7 +137,12 @@ def run(names, seeds, jobs):
     threads = max(1, torch.get_num_threads() // jobs)
     with ThreadPoolExecutor(jobs) as pool:                      # an interruption cancels what waits
         ends = pool.map(lambda job: start(*job, threads), [(n, s) for s in seeds for n in names])
-        failed = [why for why in ends if why]
+        try:
+            failed = [why for why in ends if why]
+        except SystemExit:                                      # Ctrl-C reaches them by itself
+            for child in [*RUNNING]:
+                child.terminate()                               # train.py saves first
+            raise
     if failed:
         raise ValueError("\n".join([f"{len(failed)} failed; the same command goes on", *failed]))
 
@@ -313,6 +330,7 @@ def main():
             for name, command in EXPERIMENTS.items():
                 print(f"{name:36} python {command}")
         elif args.command == "run":
+            signal.signal(signal.SIGTERM, stop)
             run(args.names, args.seeds, args.jobs)
         elif args.command == "table":
             table(args.readme, args.json)

@@ -1,5 +1,9 @@
 """extras/experiments.py: processes side by side, rows and tables of planted files, figures."""
 import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +12,8 @@ from PIL import Image
 from extras import experiments
 
 # Stands in for train.py. MODE good: writes what a run writes, and its own command and threads;
-# bad: fails; meet: good, if another process like it is there at the same time.
+# bad: fails; meet: good, if another process like it is there at the same time;
+# hang: never ends.
 STAND_IN = """
 import json, os, sys, time
 from pathlib import Path
@@ -18,6 +23,7 @@ print("line one"); print("something is wrong" if mode == "bad" else "fine")
 if mode == "bad": sys.exit(3)
 out.mkdir(parents=True, exist_ok=True)
 (out / "here").touch()
+while mode == "hang": time.sleep(0.02)
 while mode == "meet" and len(list(out.parent.glob("*/here"))) < 2: time.sleep(0.02)
 facts = {"words": words, "threads": os.environ["OMP_NUM_THREADS"]}
 for name in ("config.json", "metrics.jsonl", "results.json"):
@@ -29,7 +35,7 @@ for name in ("config.json", "metrics.jsonl", "results.json"):
 def place(tmp_path, monkeypatch):
     """A folder of its own for results/ and runs/, and stand-ins for experiments."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    modes = {"a": "good", "b": "bad", "c": "meet"}
+    modes = {"a": "good", "b": "bad", "c": "meet", "d": "hang"}
     monkeypatch.setattr(experiments, "EXPERIMENTS",
                         {name: f"{tmp_path}/stand_in.py {mode}" for name, mode in modes.items()})
     for name in ("RESULTS", "RUNS"):
@@ -67,6 +73,22 @@ def test_one_that_fails_stops_no_other_and_is_named_at_the_end(place, monkeypatc
 def test_jobs_run_at_the_same_time(place, capsys):
     experiments.run(["c"], [0, 1], 2)                           # else they wait for ever
     assert {p.name for p in (place / "results").iterdir()} == {"c-s0", "c-s1"}
+
+
+def test_sigterm_ends_the_experiments_too(place, monkeypatch):
+    def interrupt():
+        while not len(list((place / "runs").glob("d-s*/here"))) == 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+            main(monkeypatch, "run", "d", "--seeds", "0", "1", "2", "--jobs", "2")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not experiments.RUNNING and not (place / "runs/d-s2").exists()       # what waited was not begun
 
 
 @pytest.mark.parametrize("words, why", [
