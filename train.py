@@ -34,7 +34,7 @@ import visualize
 # What a preset changes in the flags' defaults. `small` is the defaults themselves.
 PRESETS = {
     "small": {},
-    "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None, vocab=512,
+    "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None, vocab=256,
                     descriptor_depth=4, interpreter_depth=4, batch_size=256, epochs=3, rounds=1),
     "paper": dict(data="cifar10", teacher="dino_vitb16", image_size=224, train_images=None, test_images=None,
                   descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,

@@ -78,7 +78,7 @@ EXPERIMENTS = {f"{data}-{name}": " ".join(filter(None, [
     command, flags, SPACE[data] if command.startswith("train.py") or "--space" in command else ""]))
     for data, flags in DATA.items() for recipes in TABLES.values() for name, command in recipes.items()} | TEACHERS
 EXPERIMENTS["cifar10-whole"] = "train.py --preset cifar10 --data folder:cifar10"
-EXPERIMENTS["cifar10-whole-kmeans"] = ("-m extras.baselines --vocab 512 --train-images all --test-images all "
+EXPERIMENTS["cifar10-whole-kmeans"] = ("-m extras.baselines --vocab 256 --train-images all --test-images all "
                                        "--data folder:cifar10 --teacher cifar10")
 # The paper's: nine runs in three panels; the strategies, where it has a figure for each of them
 FIGURES = {3: (DISCS, ("teacher_entropy", "kl", "knn_top1")),
