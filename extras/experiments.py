@@ -86,13 +86,11 @@ FIGURES = {3: (DISCS, ("teacher_entropy", "kl", "knn_top1")),
                          "symbol_entropy"))}
 EPOCHS = (1, 3, 10, 30, 100)                                    # of a teacher's curve
 MEASURED = ("knn_top1", "knn_top5", "linear_top1", "linear_top5", "retention", "perplexity")
-
-
 RUNNING = set()                                                 # child processes
 
 
 def stop(*_):
-    """SIGTERM."""
+    """The handler of SIGTERM: `run` passes it on to RUNNING."""
     raise SystemExit("extras.experiments: stopped; the same command goes on")
 
 
