@@ -5,8 +5,8 @@
     python evaluate.py runs/shapes/ckpt.pt --data cifar10 --test-images 2000 --soft
 
 Every student figure uses hard (argmax) symbols, so a prefix of n symbols is exactly n log2 K bits;
---soft prints the soft mixtures beside it, never instead of it. The train split is the gallery, the
-test split asks. With u the L2-normalised features, class c gets from the k nearest images
+the k-NN of soft mixtures minus it is a line below, --soft gives them rows of their own, beside it and
+never instead of it. The train split is the gallery, the test split asks. With u the L2-normalised features, class c gets from the k nearest images
 
     votes(c) = sum_i  exp(<u_test, u_i> / 0.07) [y_i = c]          (DINO, eval_knn.py)
 
@@ -216,36 +216,40 @@ def load_splits(config):
     return [load(name, s, size, config[f"{s}_images"], seed) for s in ("train", "test")]
 
 
-def score(train_x, train_y, test_x, test_y):
-    """One row of the table, (top1, top5) pairs: k-NN for each k, their mean, and linear probe."""
-    knn = knn_accuracies(train_x, train_y, test_x, test_y)
+def score(*features, probe=True):
+    """One row of the table from train_x, train_y, test_x, test_y: (top1, top5) pairs, k-NN for each k,
+    their mean, and, with `probe`, the linear probe."""
+    knn = knn_accuracies(*features)
     mean = tuple(sum(column) / len(knn) for column in zip(*knn.values()))
-    return {"each": knn, "knn": mean, "linear": linear_probe(train_x, train_y, test_x, test_y)}
+    return {"each": knn, "knn": mean} | ({"linear": linear_probe(*features)} if probe else {})
 
 
 def evaluate(teacher, student, config, soft=False, probe_on="z", batch_size=256):
     """All figures of a run: a dict for `print_table` and `summary`. Teacher and student: on one
     device, in eval mode. config: data, image_size, vocab, train_images, test_images, seed.
-    probe_on: "z", "onehot" or "both". The collapse figures are of the test part."""
+    probe_on: "z", "onehot" or "both". soft: probe soft mixtures too, which cost much the most; their k-NN
+    is always measured. The collapse figures are of the test part."""
     sets, vocab = load_splits(config), config["vocab"]
     device = next(student.parameters()).device
     device = device if device.type == "cuda" else torch.device("cpu")  # k-NN needs float64
-    codes = [encode(student, teacher, s, config["image_size"], batch_size, soft) for s in sets]
+    codes = [encode(student, teacher, s, config["image_size"], batch_size, soft=True) for s in sets]
     train, test = ({name: x.to(device) for name, x in code.items()} for code in codes)
     train_y, test_y = (s.labels.to(device) for s in sets)
 
     ceiling = score(train["cls"], train_y, test["cls"], test_y)
-    results = {"teacher": ceiling, "student": {}, "soft": {}, "onehot": {}, "retention": {}}
+    results = {"teacher": ceiling, "student": {}, "soft": {}, "onehot": {}, "retention": {},
+               "soft_minus_hard": {}}
     for j, n in enumerate(student.lengths):
         row = score(train["z"][j], train_y, test["z"][j], test_y)
-        if soft:
-            results["soft"][n] = score(train["soft"][j], train_y, test["soft"][j], test_y)
+        mixed = score(train["soft"][j], train_y, test["soft"][j], test_y, probe=soft)
+        results["soft"] |= {n: mixed} if soft else {}
         if probe_on != "z":
             a, b = (one_hot(part["ids"][:, :n], vocab) for part in (train, test))
             target = row if probe_on == "onehot" else results["onehot"].setdefault(n, {})
             target["linear"] = linear_probe(a, train_y, b, test_y)
         results["student"][n] = row
         results["retention"][n] = row["knn"][0] / max(ceiling["knn"][0], 1e-9)
+        results["soft_minus_hard"][n] = mixed["knn"][0] - row["knn"][0]
     said, labels = codes[1]["ids"], sets[1].labels
     shown = [i for c in range(5) for i in (labels == c).nonzero()[:2, 0].tolist()]
     results["examples"] = [(sets[1].classes[labels[i]], said[i].tolist()) for i in shown]
@@ -281,6 +285,8 @@ def print_table(results):
             bits = "-" if kind == "soft" else f"{n * math.log2(results['vocab']):.4g}"
             kept = f"{results['retention'][n]:.3f}" if kind == "student" else "-"
             line(f"{n} symbol{'s' * (n > 1)}{note}", bits, row, kept)
+    print("k-NN mean of soft mixtures minus that of symbols: "
+          + ", ".join(f"{gap:+.2f}" for gap in results["soft_minus_hard"].values()) + " points")
     print("perplexity by position " + " ".join(f"{p:.1f}" for p in results["perplexity"])
           + f" of {results['vocab']}; vocabulary in use {results['usage']:.1%}; "
           f"distinct sequences / images {results['distinct']:.3f}")

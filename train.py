@@ -525,7 +525,8 @@ def finish(out, args, held_out):
     if args.evaluate:
         results = evaluate.evaluate(teacher, student, config)
         evaluate.print_table(results)
-        text = json.dumps(evaluate.summary(results), indent=1) + "\n"
+        gap = {"soft_minus_hard": results["soft_minus_hard"]}       # k-NN, points: what symbols lose by being hard
+        text = json.dumps(evaluate.summary(results) | gap, indent=1) + "\n"
         checkpoint.write(out / "results.json", lambda part: part.write_text(text))
     titles = [held_out.classes[y] if y >= 0 else "" for y in held_out.labels[:8]]
     visualize.figure1(teacher, student, held_out.images[:8], titles, out / "figure1.png", args.image_size)

@@ -313,13 +313,27 @@ def test_evaluate_scores_a_perfect_language(toy_run, capsys):
     results = ev.evaluate(ToyTeacher(), ToyStudent(), CONFIG, soft=True, probe_on="both")
     for row in (results["teacher"], *results["student"].values(), *results["soft"].values()):
         assert row["each"][10] == (100.0, 100.0) and row["linear"] == (100.0, 100.0)
-    assert results["retention"] == {1: 1.0, 2: 1.0} and results["onehot"][2]["linear"][0] == 100
+    assert results["retention"] == {1: 1.0, 2: 1.0} and results["soft_minus_hard"] == {1: 0, 2: 0}
+    assert results["onehot"][2]["linear"][0] == 100
     assert results["perplexity"][1] == pytest.approx(1) and 2.8 < results["perplexity"][0] <= 3
     assert results["usage"] == 1.0 and results["distinct"] == 0.1 and results["bits"] == 4
     ev.print_table(results)
     printed = capsys.readouterr().out
     assert "2 symbols, one-hot" in printed and "1 symbol, soft" in printed
-    assert "blue            2    3" in printed
+    assert "blue            2    3" in printed and "minus that of symbols: +0.00, +0.00 points" in printed
+
+
+def test_soft_minus_hard_is_a_difference_in_points(toy_run, monkeypatch):
+    """Mixtures that all say the same leave k-NN at what guessing gives, so symbols are ahead of them."""
+    class Mute(ToyStudent):
+        def describe(self, tokens, hard):
+            said = super().describe(tokens, hard)
+            said.embeddings = said.embeddings if hard else torch.ones_like(said.embeddings)
+            return said
+
+    results = ev.evaluate(ToyTeacher(), Mute(), CONFIG)
+    assert not results["soft"] and results["student"][1]["knn"][0] == 100
+    assert -80 < results["soft_minus_hard"][1] < -50  # 100 / 3 or so, of three colours
 
 
 def test_summary_takes_each_figure_from_its_place():
