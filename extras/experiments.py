@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ BASE = {"softmax-128": "train.py --disc softmax --vocab 128"}
 DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"
          for vocab in SIZES for disc in ("softmax", "gumbel", "vq")}
 EXPLORE = BASE | {f"softmax-128-{name}": f"train.py --explore {name}" for name in STRATEGIES}
+VOCABULARIES = {f"softmax-{vocab}": f"train.py --disc softmax --vocab {vocab}" for vocab in (512, 256, 128, 64, 32, 16)}
 # Table -> name of a row -> its command. Each exploration changes one thing of BASE; ablations go back
 # towards the paper step by step, with --balance where there is no draft to keep symbols in use.
 TABLES = {
@@ -49,8 +51,7 @@ TABLES = {
     | {f"vqvae-{vocab}": f"-m extras.vqvae --overwrite --vocab {vocab}" for vocab in SIZES}
     | {f"kmeans-{vocab}{tail}": f"-m extras.baselines --vocab {vocab}{space}" for vocab in SIZES
        for tail, space in (("", ""), ("-space", " --space"))},
-    "vocabulary": {f"softmax-{vocab}": f"train.py --disc softmax --vocab {vocab}"
-                   for vocab in (512, 256, 128, 64, 32, 16)}
+    "vocabulary": VOCABULARIES
     | {f"kmeans-{vocab}": f"-m extras.baselines --vocab {vocab}" for vocab in (64, 32, 16)},
     "exploration (Table 2)": EXPLORE,
     "ablation": BASE | {
@@ -202,15 +203,36 @@ def spread(values, digits):
 
 
 def line(mine):
-    """The rows of one experiment, all seeds -> its line: the retention of 1, 2, 4, 8 symbols, the
-    linear probe's top-1 with 8, the smallest perplexity of any position and seed."""
-    full = [r for r in mine if r["symbols"] == 8]
-    alive = [r["perplexity"] for r in full if r["perplexity"]]
-    cells = [spread([r["retention"] for r in mine if r["symbols"] == n], 3) for n in (1, 2, 4, 8)]
+    """The rows of one experiment, all seeds -> its line: the retention and the linear probe's top-1
+    of 1, 2, 4, 8 symbols, the smallest perplexity of any position and seed."""
+    alive = [r["perplexity"] for r in mine if r["symbols"] == 8 and r["perplexity"]]
+    cells = [spread([r[key] for r in mine if r["symbols"] == n], digits)
+             for key, digits in (("retention", 3), ("linear_top1", 1)) for n in (1, 2, 4, 8)]
     return "| " + " | ".join([
         mine[0]["experiment"], str(len({r["seed"] for r in mine})), *cells,
-        spread([r["linear_top1"] for r in full], 1),
         f"{min(alive):.0f} of {mine[0]['vocab']}" if alive else "-"]) + " |"
+
+
+def against_kmeans(found):
+    """Experiment -> its rows, of one data set -> a sentence: where the discretizers with their default
+    flags are ahead of residual k-means of the CLS with as many symbols of as many, means over seeds."""
+    def means(name):
+        for n, key in itertools.product((1, 2, 4, 8), ("retention", "linear_top1")):
+            values = [r[key] for r in found.get(name, ()) if r["symbols"] == n and r[key] is not None]
+            if values:
+                yield (n, key), statistics.mean(values)
+
+    count, behind = 0, []
+    for name in filter(found.__contains__, DISCS | VOCABULARIES):
+        theirs = dict(means(f"kmeans-{name.rpartition('-')[2]}"))
+        for (n, key), ours in means(name):
+            if (n, key) in theirs:
+                count += 1
+                if ours <= theirs[n, key]:
+                    behind.append(f"{name}, {key.partition('_')[0]} with {n} ({ours:.4g}, {theirs[n, key]:.4g})")
+    if count:
+        yield (f"Ahead of residual k-means of as many symbols in {count - len(behind)} of {count} comparisons of "
+               f"retention and linear probe{'; behind: ' + '; '.join(behind) if behind else ''}.\n")
 
 
 def tables(every):
@@ -229,11 +251,12 @@ def tables(every):
         for title, recipes in (TABLES | {"other": [n for n in found if n not in named]}).items():
             mine = [name for name in recipes if name in found]
             if set(mine) - shown:
-                yield (f"| {title} | seeds | 1 symbol | 2 | 4 | 8 | linear, 8 | perplexity |\n"
-                       "|---|---|---|---|---|---|---|---|")
+                yield (f"| {title} | seeds | 1 symbol | 2 | 4 | 8 | linear, 1 | 2 | 4 | 8 | perplexity |\n"
+                       + "|---" * 11 + "|")
                 yield from (line(found[name]) for name in mine)
                 yield ""
             shown |= set(mine)
+        yield from against_kmeans(found)
 
 
 def teachers():
@@ -256,6 +279,16 @@ def teachers():
                f"| run | seeds | epoch {' | '.join(map(str, EPOCHS))} | end |\n" + "|---" * (len(EPOCHS) + 3) + "|")
         yield from lines
         yield ""
+
+
+def soft():
+    """Markdown: the largest difference, of any run and length, that being hard makes to k-NN."""
+    gaps = [(gap, path.parent.name, n) for path in sorted(RESULTS.glob("*/results.json"))
+            for n, gap in json.loads(path.read_text()).get("soft_minus_hard", {}).items()]
+    if gaps:
+        gap, run, n = max(gaps, key=lambda entry: abs(entry[0]))
+        yield (f"k-NN of soft mixtures minus that of symbols, largest of {len({run for _, run, _ in gaps})} runs and all "
+               f"lengths: {gap:+.2f} points ({run}, {n} symbols).\n")
 
 
 def speed():
@@ -289,8 +322,8 @@ def figures():
 
 
 def markdown(every):
-    """All that results/ has to say: the rows `every`, teachers, speed."""
-    return "\n".join([*tables(every), *teachers(), *speed()])
+    """All that results/ has to say: the rows `every`, soft mixtures, teachers, speed."""
+    return "\n".join([*tables(every), *soft(), *teachers(), *speed()])
 
 
 def table(readme, path):

@@ -158,16 +158,41 @@ def test_tables_have_a_line_per_experiment_and_only_where_there_is_news(planted)
     assert "**shapes** (teacher k-NN 80.0, linear 81.0; pixels k-NN 70.0)" in text
     assert text.count("| seeds |") == 1 and "Table 2" not in text
     # deviation of 0.8 and 0.9 is 0.1 / sqrt(2); of 65 and 73 it is 8 / sqrt(2)
-    assert ("| shapes-softmax-128 | 2 | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.700 ± 0.000 "
-            "| 0.850 ± 0.071 | 69.0 ± 5.7 | 20 of 128 |") in text
-    assert "| shapes-vqvae-128 | 1 | - | - | - | 0.250 | 21.0 | 20 of 128 |" in text
-    assert "| shapes-kmeans-128 | 1 | 0.500 | - | - | 0.750 | 61.0 | 7 of 128 |" in text
+    assert ("| shapes-softmax-128 | 2 | 0.500 ± 0.000 | 0.600 ± 0.000 | 0.700 ± 0.000 | 0.850 ± 0.071 "
+            "| 41.0 ± 0.0 | 49.0 ± 0.0 | 57.0 ± 0.0 | 69.0 ± 5.7 | 20 of 128 |") in text
+    assert "| shapes-vqvae-128 | 1 | - | - | - | 0.250 | - | - | - | 21.0 | 20 of 128 |" in text
+    assert "| shapes-kmeans-128 | 1 | 0.500 | - | - | 0.750 | 41.0 | - | - | 61.0 | 7 of 128 |" in text
     plant(planted, "shapes-softmax-128-info-s0", {"explore": "info"}, {"1": 0.5, "8": 0.6})
     plant(planted, "shapes-mine-s0", {}, {"8": 0.9})
     blocks = "\n".join(experiments.tables(list(experiments.rows()))).split("\n\n")
-    assert [b[:12] for b in blocks[1:]] == ["| discretize", "| exploratio", "| other | se"]
+    assert [b[:12] for b in blocks[1:]] == ["| discretize", "| exploratio", "| other | se", "Ahead of res"]
     assert [line.split(" | ")[0] for line in blocks[2].splitlines()[2:]] == [
         "| shapes-softmax-128", "| shapes-softmax-128-info"]
+
+
+def test_against_kmeans_names_what_is_behind(planted):
+    whole = {f"{n}": r for n, r in ((1, 0.5), (2, 0.7), (4, 0.8), (8, 0.9))}
+    plant(planted, "shapes-gumbel-256-s0", {"disc": "gumbel", "vocab": 256}, whole | {"4": 0.6})
+    plant(planted, "shapes-softmax-256-s0", {"vocab": 256}, {n: r + 0.05 for n, r in whole.items()})
+    figures = {"config": {"data": "shapes", "vocab": "256", "seed": "0"}, "teacher": row(80.0)}
+    figures |= {n: row(80 * r - 0.1) | {"retention": r - 0.001} for n, r in whole.items()}
+    (planted / "shapes-kmeans-256-s0.json").write_text(json.dumps(figures))
+    found = {}
+    for r in experiments.rows():
+        if r["symbols"] and r["vocab"] == 256:
+            found.setdefault(r["experiment"].partition("-")[2], []).append(r)
+    (text,) = experiments.against_kmeans(found)
+    assert "in 14 of 16 comparisons of retention and linear probe" in text
+    assert text.endswith("behind: gumbel-256, retention with 4 (0.6, 0.799); gumbel-256, linear with 4 (49, 64.9).\n")
+
+
+def test_the_largest_soft_gap_is_named(planted):
+    assert not list(experiments.soft())
+    for run, gaps in (("shapes-softmax-128-s0", {"1": 0.1, "8": 0.2}), ("shapes-softmax-128-s1", {"1": -0.3})):
+        path = planted / run / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"soft_minus_hard": gaps}))
+    (line,) = experiments.soft()
+    assert "largest of 2 runs" in line and "-0.30 points (shapes-softmax-128-s1, 1 symbols)" in line
 
 
 def plant_teacher(place, run, knn, early, seed=0):
