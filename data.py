@@ -1,4 +1,4 @@
-"""Pictures: the embedded data set `shapes`, public data sets, one's own folders, and augmented views.
+"""Pictures: the embedded data set `shapes`, public data sets, your own folders, augmented views.
 
     python data.py                  # draws 96 pictures of `shapes` into shapes.png
     python data.py cifar10          # the same for another data set (or folder:PATH)
@@ -28,8 +28,8 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 @dataclass
 class ImageSet:
-    """n pictures in memory. `labels` are -1 where a picture has none; `factors` and `masks` (True on
-    the object) exist for `shapes` only; `skipped` counts the files that could not be read."""
+    """n pictures in memory. `labels` are -1 where a picture has none; `factors` and `masks` (True
+    on the object) exist for `shapes` only; `skipped` counts the files that could not be read."""
     images: torch.Tensor                            # (n, 3, H, W) uint8
     labels: torch.Tensor                            # (n,) int64
     classes: list
@@ -54,21 +54,21 @@ class ImageSet:
 # ---------------------------------------------------------------- shapes: drawn from (seed, index)
 
 FACTORS = {
-    "shape": ["disc", "ring", "square", "triangle", "star", "cross", "crescent", "heart", "hourglass",
-              "bars"],
+    "shape": ["disc", "ring", "square", "triangle", "star", "cross", "crescent", "heart",
+              "hourglass", "bars"],
     "colour": ["red", "orange", "yellow", "green", "cyan", "azure", "violet", "magenta"],
     "size": ["small", "medium", "large"],
     "column": ["left", "centre", "right"],
     "row": ["top", "middle", "bottom"],
 }
-HUES = torch.tensor([0.0, 30.0, 58.0, 120.0, 180.0, 212.0, 268.0, 312.0])       # degrees, one per colour
-RADII = torch.tensor([7.0, 9.0, 11.0])                                            # pixels, one per size
+HUES = torch.tensor([0.0, 30.0, 58.0, 120.0, 180.0, 212.0, 268.0, 312.0])  # degrees, one per colour
+RADII = torch.tensor([7.0, 9.0, 11.0])                                        # pixels, one per size
 SIDE = 32
 
 
 def signed_distance(kind, x, y):
-    """Distance to the outline of FACTORS["shape"][kind], negative inside, for points in units of the
-    object's radius; exact near the outline, which is all that anti-aliasing needs."""
+    """Distance to the outline of FACTORS["shape"][kind], negative inside, for points in units of
+    the object's radius; exact near the outline, which is all that anti-aliasing needs."""
     ax, ay, r = x.abs(), y.abs(), (x * x + y * y).sqrt()
     if kind == 0:                                                               # disc
         return r - 0.9
@@ -78,17 +78,18 @@ def signed_distance(kind, x, y):
         return torch.maximum(ax, ay) - 0.8
     if kind == 3:                                                               # triangle, tip up
         return torch.maximum(0.866 * ax - 0.5 * y, y) - 0.5
-    if kind == 4:                                                               # star: one fifth, folded
+    if kind == 4:                                                          # star: one fifth, folded
         fifth = 2 * torch.pi / 5
         angle = torch.atan2(x, -y)
         angle = (angle - fifth * torch.round(angle / fifth)).abs()
         # the edge runs from the tip (1, 0) to the notch at half a fifth, radius 0.42
         return (r * angle.cos() - 1.0) * 0.350 + r * angle.sin() * 0.937
     if kind == 5:                                                               # cross
-        return torch.minimum(torch.maximum(ax - 0.95, ay - 0.28), torch.maximum(ay - 0.95, ax - 0.28))
+        return torch.minimum(torch.maximum(ax - 0.95, ay - 0.28),
+                             torch.maximum(ay - 0.95, ax - 0.28))
     if kind == 6:                                                               # crescent
         return torch.maximum(r - 0.95, 0.72 - ((x - 0.42) ** 2 + y * y).sqrt())
-    if kind == 7:                                                               # heart: two discs, a wedge
+    if kind == 7:                                                        # heart: two discs, a wedge
         lobes = ((ax - 0.42) ** 2 + (y + 0.35) ** 2).sqrt() - 0.48
         wedge = torch.maximum(0.755 * ax + 0.656 * y - 0.60, -0.35 - y)
         return torch.minimum(lobes, wedge)
@@ -99,7 +100,7 @@ def signed_distance(kind, x, y):
 
 def hsv_to_rgb(hue, saturation, value):
     """(n,) degrees, (n,) and (n,) in [0, 1] -> (n, 3, 1, 1) in [0, 1]."""
-    k = (torch.tensor([5.0, 3.0, 1.0]) + hue[:, None] / 60) % 6                 # the usual closed form
+    k = (torch.tensor([5.0, 3.0, 1.0]) + hue[:, None] / 60) % 6              # the usual closed form
     rgb = value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
     return rgb[..., None, None]
 
@@ -108,37 +109,41 @@ def draw_shapes(indices, seed=0):
     """Pictures `indices` of stream `seed` -> (images (n, 3, 32, 32) uint8, factors, masks).
 
     Picture i depends on (seed, i) alone. Philox is a counter-based generator whose raw output numpy
-    guarantees to be the same on every machine and in every version; 24 numbers choose the picture, the
-    rest is its pixel noise. Backgrounds are plain and dim on purpose (our choice): with busy ones a
-    self-supervised teacher learns the background, the cheaper cue.
+    guarantees to be the same on every machine and in every version; 24 numbers choose the picture,
+    the rest is its pixel noise. Backgrounds are plain and dim on purpose (our choice): with busy
+    ones a self-supervised teacher learns the background, the cheaper cue.
     """
     raw = np.stack([np.random.Philox(key=[seed, int(i)]).random_raw(24 + 3 * SIDE * SIDE // 8)
                     for i in indices])
-    u = torch.from_numpy((raw[:, :24] >> np.uint64(40)).astype(np.float32) / 2**24)     # (n, 24) in [0, 1)
-    noise = torch.from_numpy(np.ascontiguousarray(raw[:, 24:]).view(np.uint8).reshape(-1, 3, SIDE, SIDE))
-    factors = {name: (u[:, k] * len(values)).long() for k, (name, values) in enumerate(FACTORS.items())}
+    u = (raw[:, :24] >> np.uint64(40)).astype(np.float32) / 2**24
+    u = torch.from_numpy(u)                                                     # (n, 24) in [0, 1)
+    noise = np.ascontiguousarray(raw[:, 24:]).view(np.uint8)
+    noise = torch.from_numpy(noise.reshape(-1, 3, SIDE, SIDE))
+    factors = {name: (u[:, k] * len(values)).long()
+               for k, (name, values) in enumerate(FACTORS.items())}
 
     # Background: a dim, nearly grey colour with faint stripes of any direction and width.
     axis = torch.arange(SIDE) + 0.5
-    py, px = torch.meshgrid(axis, axis, indexing="ij")                          # (32, 32) pixel centres
-    col = lambda k: u[:, k, None, None]                                         # noqa: E731  (n, 1, 1)
+    py, px = torch.meshgrid(axis, axis, indexing="ij")                      # (32, 32) pixel centres
+    col = lambda k: u[:, k, None, None]                                      # noqa: E731  (n, 1, 1)
     turn = torch.pi * col(5)
     wave = ((px * turn.cos() + py * turn.sin()) * (0.3 + 0.7 * col(6)) + 6.28 * col(7)).sin()
     ground = hsv_to_rgb(360 * u[:, 8], 0.25 * u[:, 9], 0.18 + 0.2 * u[:, 10])
     ground = ground * (1 + 0.15 * col(11) * wave)[:, None]                       # (n, 3, 32, 32)
 
-    # Object: position, size and angle are jittered, so that a factor is a category and not a number.
+    # Object: position, size and angle are jittered, so that a factor is a category and
+    # not a number.
     cx = 16 + 3.5 * (factors["column"][:, None, None] - 1) + 2 * col(12) - 1
     cy = 16 + 3.5 * (factors["row"][:, None, None] - 1) + 2 * col(13) - 1
     radius = RADII[factors["size"]][:, None, None] * (0.95 + 0.1 * col(14))
-    angle = 0.5 * col(15) - 0.25                                                # radians, about +-14 degrees
+    angle = 0.5 * col(15) - 0.25                                       # radians, about +-14 degrees
     dx, dy = (px - cx) / radius, (py - cy) / radius
     x, y = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
     distance = torch.empty_like(x)
     for kind in range(len(FACTORS["shape"])):
         chosen = factors["shape"] == kind
         distance[chosen] = signed_distance(kind, x[chosen], y[chosen])
-    cover = (0.5 - distance * radius).clamp(0, 1)                               # (n, 32, 32) share of the pixel
+    cover = (0.5 - distance * radius).clamp(0, 1)                   # (n, 32, 32) share of the pixel
 
     hue = HUES[factors["colour"]] + 16 * u[:, 16] - 8
     paint = hsv_to_rgb(hue, 0.7 + 0.3 * u[:, 17], 0.75 + 0.25 * u[:, 18])
@@ -149,13 +154,14 @@ def draw_shapes(indices, seed=0):
 
 
 def load_shapes(split, size, limit, seed):
-    """50 000 train or 10 000 test pictures; the two splits are different streams of the generator."""
+    """50 000 train or 10 000 test pictures; the splits are different streams of the generator."""
     n = limit or {"train": 50_000, "test": 10_000}[split]
     stream = 2 * seed + (split == "test")
     parts = [draw_shapes(range(i, min(i + 2000, n)), stream) for i in range(0, n, 2000)]
     images, factors, masks = zip(*parts)
     factors = {name: torch.cat([f[name] for f in factors]) for name in FACTORS}
-    return ImageSet(torch.cat(images), factors["shape"], FACTORS["shape"], factors, torch.cat(masks))
+    return ImageSet(torch.cat(images), factors["shape"], FACTORS["shape"], factors,
+                    torch.cat(masks))
 
 
 # ------------------------------------------------------------------------------- real photographs
@@ -172,10 +178,10 @@ PUBLIC = {
 
 
 def load_public(name, split, size, limit, seed):
-    """CIFAR-10/100 and STL-10 through torchvision; raises OSError when they cannot be downloaded."""
+    """CIFAR-10/100 and STL-10 through torchvision; OSError when they cannot be downloaded."""
     try:
         source = PUBLIC[name](split)
-    except (OSError, RuntimeError) as error:        # torchvision: URLError, or RuntimeError on a bad archive
+    except (OSError, RuntimeError) as error:        # URLError, or RuntimeError: a bad archive
         reason = str(error).splitlines()[0]
         raise OSError(f"cannot download {name} ({reason}). Put torchvision's archive for it into "
                       f"{DATA_DIR}/ yourself, or use --data shapes or --data folder:PATH") from None
@@ -187,7 +193,7 @@ def load_public(name, split, size, limit, seed):
 
 
 def subset(n, limit, seed):
-    """Indices of a random subset, the same for the same seed: files and labels come sorted by class."""
+    """Indices of a random subset, one for each seed: files and labels come sorted by class."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return order[:limit].sort().values if limit else torch.arange(n)
 
@@ -213,8 +219,8 @@ def list_folder(path, split):
     (n files, n labels, -1 without a class, names of classes). Raises FileNotFoundError."""
     root = Path(path) / split if (Path(path) / split).is_dir() else Path(path)
     if not root.is_dir() or (root == Path(path) and split == "test"):
-        raise FileNotFoundError(f"no folder {Path(path) / split}; expected PATH/train/<class>/… and "
-                                "PATH/test/<class>/… (a flat folder of pictures is enough for "
+        raise FileNotFoundError(f"no folder {Path(path) / split}; expected PATH/train/<class>/… "
+                                "and PATH/test/<class>/… (a flat folder of pictures is enough for "
                                 "train.py --no-evaluate and extras.page --split train)")
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
     if not files:
@@ -253,8 +259,8 @@ def load_folder(path, split, size, limit, seed):
     kept = [i for i, t in enumerate(tensors) if t is not None]
     if not kept:
         raise OSError(f"none of the {len(files)} images chosen in {path} can be read")
-    return ImageSet(torch.stack([tensors[i] for i in kept]), torch.tensor([labels[i] for i in kept]),
-                    classes, skipped=len(files) - len(kept))
+    images, labels = torch.stack([tensors[i] for i in kept]), [labels[i] for i in kept]
+    return ImageSet(images, torch.tensor(labels), classes, skipped=len(files) - len(kept))
 
 
 def image_size(path):
@@ -280,22 +286,23 @@ def image_count(text):
 
 
 def load(name, split, size, limit=None, seed=0):
-    """The data set `name` (shapes, cifar10, cifar100, stl10 or folder:PATH), split train or test, as an
-    ImageSet of at most `limit` pictures. Raises ValueError for an unknown name, OSError for what cannot
-    be had; both say what to do."""
+    """The data set `name` (shapes, cifar10, cifar100, stl10 or folder:PATH), split train or test,
+    as an ImageSet of at most `limit` pictures. Raises ValueError for an unknown name, OSError for
+    what cannot be had; both say what to do."""
     if name == "shapes":
         return load_shapes(split, size, limit, seed)
     if name in PUBLIC:
         return load_public(name, split, size, limit, seed)
     if name.startswith("folder:"):
         return load_folder(name[len("folder:"):], split, size, limit, seed)
-    raise ValueError(f"unknown data set {name!r}; choose shapes, {', '.join(PUBLIC)} or folder:PATH")
+    raise ValueError(f"unknown data set {name!r}; choose shapes, {', '.join(PUBLIC)} "
+                     "or folder:PATH")
 
 
 # ------------------------------------------------------------------------------------------- views
 
 def normalize(images, size=None):
-    """(B, 3, H, W) uint8, or float in [0, 1] -> float with ImageNet statistics, resized to size x size."""
+    """(B, 3, H, W) uint8, or float in [0, 1] -> float of ImageNet statistics, size x size."""
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     if size and x.shape[-1] != size:
         x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -306,15 +313,16 @@ def normalize(images, size=None):
 class Augment:
     """DINO's augmentations for global crops, on whole batches of tensors on their own device.
 
-    Each of `flip`, `jitter`, `grey`, `blur`, `solarise` is the probability that a view gets it; crop is
-    the range of the area kept. The defaults are DINO's, with blur and solarise averaged over its two
-    global views. Our choices, for batched arithmetic: crops are sampled bilinearly, and brightness,
-    saturation and hue are one 3x3 colour matrix per view (hue turns about the grey axis).
+    Each of `flip`, `jitter`, `grey`, `blur`, `solarise` is the probability that a view gets it;
+    crop is the range of the area kept. The defaults are DINO's, with blur and solarise averaged
+    over its two global views. Our choices, for batched arithmetic: crops are sampled
+    bilinearly, and brightness, saturation and hue are one 3x3 colour matrix per view (hue turns
+    about the grey axis).
     """
     crop: tuple = (0.4, 1.0)
     flip: float = 0.5
     jitter: float = 0.8
-    strength: tuple = (0.4, 0.4, 0.2, 0.1)          # brightness, contrast, saturation, hue (in turns)
+    strength: tuple = (0.4, 0.4, 0.2, 0.1)        # brightness, contrast, saturation, hue (in turns)
     grey: float = 0.2
     blur: float = 0.5
     solarise: float = 0.1
@@ -351,22 +359,24 @@ class Augment:
         theta = x.new_zeros(len(x), 2, 3)
         theta[:, 0, 0] = torch.where(self.coin(x, self.flip).flatten(), -w, w)
         theta[:, 1, 1] = h
-        theta[:, 0, 2] = self.uniform(x, -1, 1) * (1 - w)                       # the image spans [-1, 1]
+        theta[:, 0, 2] = self.uniform(x, -1, 1) * (1 - w)                  # the image spans [-1, 1]
         theta[:, 1, 2] = self.uniform(x, -1, 1) * (1 - h)
         grid = F.affine_grid(theta, (len(x), 3, size, size), align_corners=False)
         return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
     def random_colour(self, x):
-        """Brightness, saturation and hue by a 3x3 matrix, contrast about the view's mean, greyscale."""
+        """Brightness, saturation, hue by a 3x3 matrix, contrast about the view's mean, grey."""
         b, c, s, h = self.strength
         on = self.coin(x, self.jitter).flatten().float()
         brightness = 1 + on * self.uniform(x, -b, b)
         contrast = 1 + on * self.uniform(x, -c, c)
-        saturation = (1 + on * self.uniform(x, -s, s)) * (1 - self.coin(x, self.grey).flatten().float())
+        saturation = 1 + on * self.uniform(x, -s, s)
+        saturation = saturation * (1 - self.coin(x, self.grey).flatten().float())
         turn = on * self.uniform(x, -h, h) * 2 * torch.pi
-        luma = x.new_tensor([0.299, 0.587, 0.114]).expand(3, 3)                 # every row: the grey of a pixel
+        luma = x.new_tensor([0.299, 0.587, 0.114]).expand(3, 3)     # every row: the grey of a pixel
         eye, third = torch.eye(3, device=x.device), x.new_full((3, 3), 1 / 3)
-        # Rodrigues' formula about (1, 1, 1) / sqrt(3): cos * I + (1 - cos) * projection + sin * cross product
+        # Rodrigues' formula about (1, 1, 1) / sqrt(3):
+        # cos * I + (1 - cos) * projection + sin * cross product
         cross = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
         cos, sin = turn.cos().view(-1, 1, 1), turn.sin().view(-1, 1, 1)
         matrix = cos * eye + (1 - cos) * third + sin * cross                    # (V*B, 3, 3)
@@ -377,7 +387,8 @@ class Augment:
         return (mean + contrast.view(-1, 1, 1, 1) * (x - mean)).clamp(0, 1)
 
     def random_blur(self, x):
-        """Gaussian blur, sigma 0.1 … 2 pixels at 224 px and in proportion below; kernel of 5 % of the side."""
+        """Gaussian blur, sigma 0.1 … 2 pixels at 224 px, in proportion below; kernel: 5 % of a
+        side."""
         if self.blur == 0:
             return x
         side = x.shape[-1]
@@ -385,7 +396,7 @@ class Augment:
         sigma = self.uniform(x, 0.1, 2.0) * max(side / 224, 0.5)
         offsets = torch.arange(-reach, reach + 1, device=x.device)
         kernel = torch.softmax(-offsets**2 / (2 * sigma[:, None] ** 2), dim=1)  # (V*B, taps)
-        kernel = kernel.repeat_interleave(3, 0)[:, None]                        # one per view and channel
+        kernel = kernel.repeat_interleave(3, 0)[:, None]                  # one per view and channel
         flat = F.pad(x.reshape(1, -1, side, side), [reach] * 4, mode="reflect")
         flat = F.conv2d(flat, kernel[:, :, None], groups=len(kernel))
         flat = F.conv2d(flat, kernel[..., None], groups=len(kernel))
@@ -395,10 +406,10 @@ class Augment:
 # Which augmentations a data set uses. `shapes` keeps position (no flip, large crops) and hides the
 # exact tint and brightness, which would otherwise be the cheapest thing for two views to agree on.
 AUGMENT = {
-    "shapes": Augment(crop=(0.7, 1.0), flip=0, jitter=1, strength=(0.4, 0.4, 0.8, 0.5), grey=0, blur=0,
-                      solarise=0),
+    "shapes": Augment(crop=(0.7, 1.0), flip=0, jitter=1, strength=(0.4, 0.4, 0.8, 0.5), grey=0,
+                      blur=0, solarise=0),
     "photographs": Augment(),
-    # At 32 px there is no detail to blur away, and solarised pictures help nobody tell a cat (our choice)
+    # Our choice: at 32 px there is no detail to blur away, and solarised cats help nobody
     "small photographs": Augment(crop=(0.25, 1.0), blur=0, solarise=0),
 }
 
@@ -412,6 +423,8 @@ if __name__ == "__main__":
     from torchvision.utils import save_image
     name = sys.argv[1] if len(sys.argv) > 1 else "shapes"
     pictures = load(name, "train", 224, 96).images
-    save_image(F.interpolate(pictures.float() / 255, scale_factor=3), f"{name.split(':')[0]}.png", nrow=16)
+    large = F.interpolate(pictures.float() / 255, scale_factor=3)
+    save_image(large, f"{name.split(':')[0]}.png", nrow=16)
     views = augmentation(name, pictures.shape[-1])(pictures[:16], 6, pictures.shape[-1])
-    save_image(F.interpolate(views.flatten(0, 1) * STD + MEAN, scale_factor=3), "views.png", nrow=16)
+    large = F.interpolate(views.flatten(0, 1) * STD + MEAN, scale_factor=3)
+    save_image(large, "views.png", nrow=16)

@@ -46,10 +46,10 @@ def require(condition, message):
 
 
 class Discretizer(nn.Module):
-    """The contract. A subclass defines `discretize(h, hard, bids)`, and `after_step` if it keeps state.
-    train.py sets `tau` at every step (see `anneal`); a loaded model has the final one."""
+    """The contract. A subclass defines `discretize(h, hard, bids)`, and `after_step` if it keeps
+    state. train.py sets `tau` at every step (see `anneal`); a loaded model has the final one."""
 
-    good_tau = 0.12              # what --tau is when it is not given: measured for each class (paper: 0.12)
+    good_tau = 0.12      # what --tau is when it is not given: measured for each class (paper: 0.12)
     good_straight_through = True     # the same for --straight-through
 
     def __init__(self, width, vocab, args):
@@ -81,7 +81,8 @@ class Softmax(Discretizer):
         chosen = args.straight_through
         self.straight_through = self.good_straight_through if chosen is None else chosen
         if not getattr(args, "draft", False):                            # whose bids take its place
-            # No bias: it could only prefer a symbol for all images alike, the first step of collapse
+            # No bias: it could only prefer a symbol for all images alike, the first
+            # step of collapse
             self.to_logits = nn.Linear(width, vocab, bias=False)
             # h has unit variance (it leaves a BatchNorm), so the logits have deviation SPREAD
             unit = (getattr(args, "tau_start", None) or self.final_tau) if self.tempered else 1
@@ -239,12 +240,14 @@ def add_flags(parser):
         help="softmax (no noise), gumbel (explores by sampling) or vq (nearest code)")
     add("--vocab", type=int, default=128,
         help="symbols K; an image is T log2(K) bits. Raise when nearly all are in use")
-    add("--tau", type=float, help="temperature, final if annealed, in units of logits; not given: 0.12 "
-        "(gumbel: 0.5). Lower: closer to one symbol, gradients vanish. vq: scales the logits only")
+    add("--tau", type=float,
+        help="temperature, final if annealed, in units of logits; not given: 0.12 (gumbel: 0.5). "
+             "Lower: closer to one symbol, gradients vanish. vq: scales the logits only")
     add("--tau-start", type=float, help="temperature at step 0, annealed exponentially to --tau; "
         "none: constant. Set (about 1) when few symbols survive the first epochs")
-    add("--straight-through", action=toggle, help="one-hot forward, soft gradient (paper: soft); not given: on for "
-        "softmax, off for gumbel. Set when soft figures far exceed hard ones")
+    add("--straight-through", action=toggle,
+        help="one-hot forward, soft gradient (paper: soft); not given: on for softmax, off for "
+             "gumbel. Set when soft figures far exceed hard ones")
     add("--vq-dim", type=int, default=16, help="code dimension, 0: the model's width. Low (Yu et "
         "al. 2022) keeps more codes in use; raise when K is in the thousands")
     add("--vq-l2", action=toggle, default=False, help="codes on a sphere: only directions "

@@ -5,8 +5,9 @@
     python evaluate.py runs/shapes/ckpt.pt --data cifar10 --test-images 2000 --soft
 
 Every student figure uses hard (argmax) symbols, so a prefix of n symbols is exactly n log2 K bits;
-the k-NN of soft mixtures minus it is a line below, --soft gives them rows of their own, beside it and
-never instead of it. The train split is the gallery, the test split asks. With u the L2-normalised features, class c gets from the k nearest images
+the k-NN of soft mixtures minus it is a line below, --soft gives them rows of their own, beside it
+and never instead of it. The train split is the gallery, the test split asks. With u the
+L2-normalised features, class c gets from the k nearest images
 
     votes(c) = sum_i  exp(<u_test, u_i> / 0.07) [y_i = c]          (DINO, eval_knn.py)
 
@@ -217,8 +218,8 @@ def load_splits(config):
 
 
 def score(*features, probe=True):
-    """One row of the table from train_x, train_y, test_x, test_y: (top1, top5) pairs, k-NN for each k,
-    their mean, and, with `probe`, the linear probe."""
+    """One row of the table from train_x, train_y, test_x, test_y: (top1, top5) pairs, k-NN for each
+    k, their mean, and, with `probe`, the linear probe."""
     knn = knn_accuracies(*features)
     mean = tuple(sum(column) / len(knn) for column in zip(*knn.values()))
     return {"each": knn, "knn": mean} | ({"linear": linear_probe(*features)} if probe else {})
@@ -227,8 +228,8 @@ def score(*features, probe=True):
 def evaluate(teacher, student, config, soft=False, probe_on="z", batch_size=256):
     """All figures of a run: a dict for `print_table` and `summary`. Teacher and student: on one
     device, in eval mode. config: data, image_size, vocab, train_images, test_images, seed.
-    probe_on: "z", "onehot" or "both". soft: probe soft mixtures too, which cost much the most; their k-NN
-    is always measured. The collapse figures are of the test part."""
+    probe_on: "z", "onehot" or "both". soft: probe soft mixtures too, which cost much the most;
+    their k-NN is always measured. The collapse figures are of the test part."""
     sets, vocab = load_splits(config), config["vocab"]
     device = next(student.parameters()).device
     device = device if device.type == "cuda" else torch.device("cpu")  # k-NN needs float64

@@ -53,7 +53,7 @@ class _Symbolizer(nn.Module):       # underscore: torch.hub.list() shows all cal
 
     @torch.no_grad()
     def read(self, symbols):
-        """symbols (B, T) -> z_s (B, D, d) of each prefix, from the symbols alone; cosines compare it."""
+        """symbols (B, T) -> z_s (B, D, d) of each prefix, from symbols alone; cosines compare."""
         if symbols.ndim != 2 or symbols.shape[1] != self.length:
             raise ValueError(f"symbols must be (B, {self.length}), not {tuple(symbols.shape)}")
         if len(symbols) and not 0 <= symbols.min() <= symbols.max() < self.vocab:

@@ -1,10 +1,10 @@
 """What the student is trained on: the granular DINO loss, its exploration terms, and the schedules.
 
-    L = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j))                                    (paper, section 3.3)
+    L = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j))                          (paper, section 3.3)
 
-i counts the V views, j the D granularities (prefixes of 1, 2, 4, 8 symbols), H is the cross-entropy of
-the teacher's sharpened, centred softmax with the student's softmax. extras/pretrain.py uses the same
-functions with one granularity to make a teacher.
+i counts the V views, j the D granularities (prefixes of 1, 2, 4, 8 symbols), H is the cross-entropy
+of the teacher's sharpened, centred softmax with the student's softmax. extras/pretrain.py uses the
+same functions with one granularity to make a teacher.
 """
 import math
 
@@ -18,14 +18,15 @@ import distributed
 
 @torch.no_grad()
 def sinkhorn(logits, temperature, rounds=3):
-    """Teacher probabilities by Sinkhorn-Knopp (SwAV; DINOv2): softmax, then prototypes used equally.
+    """Teacher probabilities by Sinkhorn-Knopp (SwAV; DINOv2): softmax, then prototypes used
+    equally.
 
     logits (M, P) -> probabilities (M, P); rows sum to 1, columns to about M / P.
     """
     scaled = logits.float() / temperature
     q = (scaled - scaled.max()).exp()
     for _ in range(rounds):
-        q = q / q.sum(0, keepdim=True).clamp(min=1e-30) / q.shape[1]            # each prototype: 1 / P
+        q = q / q.sum(0, keepdim=True).clamp(min=1e-30) / q.shape[1]         # each prototype: 1 / P
         q = q / q.sum(1, keepdim=True).clamp(min=1e-30) / q.shape[0]            # each image: 1 / M
     return q * q.shape[0]
 
@@ -57,8 +58,8 @@ class TeacherSoftmax(torch.nn.Module):
 
 @torch.no_grad()
 def ema_update(target, source, momentum):
-    """theta_T <- m theta_T + (1 - m) theta_S (paper, section 3.1). BatchNorm's running statistics are not
-    averaged: a target in training mode keeps its own, of its own activations."""
+    """theta_T <- m theta_T + (1 - m) theta_S (paper, section 3.1). BatchNorm's running statistics
+    are not averaged: a target in training mode keeps its own, of its own activations."""
     for t, s in zip(target.parameters(), source.parameters()):
         t.lerp_(s, 1 - momentum)
 
@@ -69,9 +70,9 @@ def pair_views(p_t, views, pairing):
     """The target of each student view: (V, B, P) -> (views, B, P).
 
     same:  view i answers for view i, as in the paper's formula.
-    cross: view i answers for every *other* view, as in DINO. H(p, q) is linear in p, so the mean of the
-           cross-entropies is the cross-entropy with the mean target. Student views beyond the V that the
-           teacher saw (pretraining's local crops) answer for all of them.
+    cross: view i answers for every *other* view, as in DINO. H(p, q) is linear in p, so the mean
+           of the cross-entropies is the cross-entropy with the mean target. Student views beyond
+           the V that the teacher saw (pretraining's local crops) answer for all of them.
     """
     v = len(p_t)
     if pairing == "same" or v == 1:
@@ -99,11 +100,13 @@ def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
 
 
 def regression_loss(y, z_s, gists):
-    """Mean squared errors of z_s (B, D, d) and gists (B, T, d) from the teacher's CLS y (B, d) in the student's
-    space, where predicting the mean costs 1. Returns (z_s's + 4 times the gists', z_s's per prefix (D,)).
+    """Mean squared errors of z_s (B, D, d) and gists (B, T, d) from the teacher's CLS y (B, d) in
+    the student's space, where predicting the mean costs 1. Returns (z_s's + 4 times the gists',
+    z_s's per prefix (D,)).
 
-    Our addition: the softmax over prototypes says between which centres a picture lies; k-NN and a linear
-    probe also need where. Gists learn to tell the CLS from the patches, and all else follows from them: 4."""
+    Our addition: the softmax over prototypes says between which centres a picture lies; k-NN and a
+    linear probe also need where. Gists learn to tell the CLS from the patches, and all else
+    follows from them: 4."""
     error = (z_s.float() - y[:, None]).square().mean((0, 2))
     return error.mean() + 4 * (gists.float() - y[:, None]).square().mean(), error.detach()
 
@@ -116,30 +119,31 @@ def entropy(p, dim=-1):
 
 
 def symbol_entropy(logits):
-    """H(p): mean entropy of the predicted symbol distributions softmax(logits), logits (B, T, K). Nats."""
+    """H(p): mean entropy, in nats, of the predicted symbols softmax(logits), logits (B, T, K)."""
     return entropy(F.softmax(logits.float(), dim=-1)).mean()
 
 
 def sequence_information(weights):
     """I(s): entropy of the symbols within one sequence, mean over images; weights (B, T, K).
 
-    0 when a sequence repeats one symbol, ln T when all T differ (our choice: the paper only says that
-    repeated symbols lower the information)."""
+    0 when a sequence repeats one symbol, ln T when all T differ (our choice: the paper only says
+    that repeated symbols lower the information)."""
     return entropy(weights.mean(1)).mean()
 
 
 def usage_entropy(logits):
-    """Entropy of the batch's mean prediction, per position: up with the number of symbols in use, ln K
-    when all are used alike; logits (B, T, K). Nats, mean over positions.
+    """Entropy of the batch's mean prediction, per position: up with the number of symbols in use,
+    ln K when all are used alike; logits (B, T, K). Nats, mean over positions.
 
-    Our addition. With the entropy of each prediction subtracted (mutual information, IMSAT, Hu et al. 2017)
-    all positions come to say the same: each is then best off repeating the easiest distinction."""
+    Our addition. With the entropy of each prediction subtracted (mutual information,
+    IMSAT, Hu et al. 2017) all positions come to say the same: each is then best off
+    repeating the easiest distinction."""
     return entropy(distributed.mean(F.softmax(logits.float(), dim=-1).mean(0))).mean()
 
 
 def exploration_loss(weights, logits, explore, alpha, beta, balance):
-    """The paper's strategies (section 3.4): base 0; entropy -alpha H(p); info -beta I(s); combined both;
-    and -balance * `usage_entropy`, which is ours and comes on top of each."""
+    """The paper's strategies (section 3.4): base 0; entropy -alpha H(p); info -beta I(s); combined
+    both; and -balance * `usage_entropy`, which is ours and comes on top of each."""
     loss = logits.new_zeros(())
     if explore in ("entropy", "combined"):
         loss = loss - alpha * symbol_entropy(logits)
@@ -158,7 +162,7 @@ def cosine(start, end, progress):
 
 
 def warmup_cosine(peak, end, step, steps, warmup):
-    """Linear from 0 to peak over `warmup` steps, then cosine to end: DINO's learning-rate schedule."""
+    """Linear from 0 to peak over `warmup` steps, then cosine to end: DINO's learning rate."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return cosine(peak, end, (step - warmup) / max(1, steps - warmup))
@@ -173,7 +177,8 @@ def parameter_groups(module):
     """AdamW groups as in DINO: no weight decay on biases, norms and other vectors."""
     matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": matrices, "decay": True}, {"params": vectors, "decay": False, "weight_decay": 0.0}]
+    return [{"params": matrices, "decay": True},
+            {"params": vectors, "decay": False, "weight_decay": 0.0}]
 
 
 def set_schedule(optimizer, lr, weight_decay):

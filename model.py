@@ -32,7 +32,8 @@ def attend(q, k, v, mask=None):
     faster than all of PyTorch's kernels there (measured in bf16)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = q * q.shape[-1] ** -0.5 @ k.contiguous().transpose(-1, -2)         # or matmul's own copy, a slower one
+    k = k.contiguous()                              # or matmul makes its own copy, a slower one
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v
@@ -47,7 +48,8 @@ def lowered(x):
 # --------------------------------------------------------------------------------- teacher E_T, P_T
 
 class Teacher(nn.Module):
-    """A torchvision ViT that returns all its tokens: x (B, 3, H, W) normalised -> (B, N+1, d), CLS first.
+    """A torchvision ViT that returns all its tokens: x (B, 3, H, W) normalised -> (B,
+    N+1, d), CLS first.
 
     Any H and W that the patch size divides: the position embedding is interpolated, as DINO does.
     """
@@ -89,14 +91,16 @@ class Teacher(nn.Module):
 
 def small_vit(image_size, patch, width, depth, heads, stem=()):
     """A torchvision ViT of any size (without its classifier), randomly initialised as DINO does.
-    stem: channels of 3x3 convolutions in front (Xiao et al. 2021); each that changes their number has
-    stride 2. Raises ValueError when they do not make the patch."""
+    stem: channels of 3x3 convolutions in front (Xiao et al. 2021); each that changes their number
+    has stride 2. Raises ValueError when they do not make the patch."""
     strides = [1 + (channels != before) for before, channels in zip([3, *stem], stem)]
     if stem and math.prod(strides) != patch:
-        raise ValueError(f"a stem of {list(stem)} channels makes patches of {math.prod(strides)} pixels, not {patch}")
+        raise ValueError(f"a stem of {list(stem)} channels makes patches of {math.prod(strides)} "
+                         f"pixels, not {patch}")
     convolutions = [ConvStemConfig(channels, 3, stride, distributed.BatchNorm)
                     for channels, stride in zip(stem, strides)] or None
-    vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width, conv_stem_configs=convolutions)
+    vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width,
+                            conv_stem_configs=convolutions)
     vit.heads = nn.Identity()
     for module in vit.modules():
         if isinstance(module, nn.Linear):
@@ -109,8 +113,9 @@ def small_vit(image_size, patch, width, depth, heads, stem=()):
 
 
 class DINOHead(nn.Module):
-    """Projector P: 3-layer MLP with GELU, bottleneck, L2-normalise, cosine to P prototypes (DINO's
-    weight-normalised last layer with its gain fixed at 1). (..., d) -> (..., P), values in [-1, 1]."""
+    """Projector P: 3-layer MLP with GELU, bottleneck, L2-normalise, cosine to P prototypes
+    (DINO's weight-normalised last layer with its gain fixed at 1). (..., d) -> (..., P),
+    values in [-1, 1]."""
 
     def __init__(self, width, prototypes, hidden=2048, bottleneck=256, batch_norm=False):
         super().__init__()
@@ -127,9 +132,11 @@ class DINOHead(nn.Module):
 
     def forward(self, x):
         x = self.mlp(x)
-        # Cosines are divided by temperatures of 0.02 to 0.1 later: bf16's three digits would not do.
+        # Cosines are divided by temperatures of 0.02 to 0.1 later: bf16's three digits
+        # would not do.
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.prototypes.float(), dim=-1))
+            return F.linear(F.normalize(x.float(), dim=-1),
+                            F.normalize(self.prototypes.float(), dim=-1))
 
 
 # The names of DINO's parameters, old -> new; everything else in a DINO file is its projection head.
@@ -148,10 +155,11 @@ DINO_NAMES = [
 
 
 def dino_to_torchvision(state_dict):
-    """The official DINO ViT's state dict (or one in torchvision's names already) -> torchvision's names.
+    """The official DINO ViT's state dict (or one in torchvision's names already) -> torchvision's
+    names.
 
-    Also takes what DINO's training saves: the `teacher` entry, `module.` and `backbone.` prefixes, and
-    the projection head, which is dropped. Raises ValueError when no ViT is found in it."""
+    Also takes what DINO's training saves: the `teacher` entry, `module.` and `backbone.` prefixes,
+    and the projection head, which is dropped. Raises ValueError when no ViT is found in it."""
     state = state_dict["teacher"] if isinstance(state_dict.get("teacher"), dict) else state_dict
     new = {}
     for name, value in state.items():
@@ -162,29 +170,34 @@ def dino_to_torchvision(state_dict):
             name = re.sub(old, replacement, name)
         new[name] = value
     if not {"class_token", "encoder.pos_embedding", "encoder.ln.weight"} <= new.keys():
-        raise ValueError("no vision transformer in it: neither DINO's nor torchvision's parameter names")
+        raise ValueError("no vision transformer in it: neither DINO's nor torchvision's names")
     return new
 
 
 def teacher_from_state(state):
-    """torchvision-named ViT weights -> frozen Teacher in float32. The sizes are read off the shapes; there
-    are 64 channels to a head in every DINO model, and in ours."""
+    """torchvision-named ViT weights -> frozen Teacher in float32. The sizes are read off the
+    shapes; there are 64 channels to a head in every DINO model, and in ours."""
     side = round((state["encoder.pos_embedding"].shape[1] - 1) ** 0.5)
     width = state["class_token"].shape[-1]
     depth = sum(name.endswith(".ln_1.weight") for name in state)
-    stem = [len(state[name]) for name in state if re.fullmatch(r"conv_proj\.conv_bn_relu_\d+\.0\.weight", name)]
-    patch = 2 ** (1 + sum(a != b for a, b in zip(stem, stem[1:]))) if stem else state["conv_proj.weight"].shape[-1]
+    stem = [len(value) for name, value in state.items()
+            if re.fullmatch(r"conv_proj\.conv_bn_relu_\d+\.0\.weight", name)]
+    if stem:
+        patch = 2 ** (1 + sum(a != b for a, b in zip(stem, stem[1:])))
+    else:
+        patch = state["conv_proj.weight"].shape[-1]
     teacher = small_vit(side * patch, patch, width, depth, max(1, width // 64), stem)
     try:
         teacher.vit.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError("its vision transformer is incomplete: " + str(error).splitlines()[1].strip()) from None
+        missing = str(error).splitlines()[1].strip()
+        raise ValueError(f"its vision transformer is incomplete: {missing}") from None
     return teacher.eval().requires_grad_(False)
 
 
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"
-HUB = {"dino_vitb16": "vitbase16", "dino_vitb8": "vitbase8",                    # width 768, 12 blocks
-       "dino_vits16": "deitsmall16", "dino_vits8": "deitsmall8"}                # width 384, 12 blocks
+HUB = {"dino_vitb16": "vitbase16", "dino_vitb8": "vitbase8",                  # width 768, 12 blocks
+       "dino_vits16": "deitsmall16", "dino_vits8": "deitsmall8"}              # width 384, 12 blocks
 
 
 def read_weights(path):
@@ -192,10 +205,11 @@ def read_weights(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):            # DINO stores its flags
+        with torch.serialization.safe_globals([argparse.Namespace]):         # DINO stores its flags
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                      # truncated, foreign or hostile: torch raises a dozen kinds
-        raise ValueError(f"{path} is damaged or no PyTorch checkpoint ({type(error).__name__})") from None
+    except Exception as error:           # truncated, foreign or hostile: torch raises a dozen kinds
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint "
+                         f"({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
     return state
@@ -238,12 +252,13 @@ def hub_teacher(name):
 
 
 def build_teacher(name, random_weights=False):
-    """The frozen teacher `name`: one of HUB (downloaded once), a name in weights/, or a file with DINO's
-    or our own weights. random_weights: the architecture of a HUB name, untrained, to try sizes without a
-    network. Raises ValueError or OSError with what to do."""
+    """The frozen teacher `name`: one of HUB (downloaded once), a name in weights/, or a file with
+    DINO's or our own weights. random_weights: the architecture of a HUB name, untrained, to try
+    sizes without a network. Raises ValueError or OSError with what to do."""
     if random_weights:
         if name not in HUB:
-            raise ValueError(f"--random-teacher needs one of {', '.join(HUB)} as --teacher, not {name!r}")
+            raise ValueError(f"--random-teacher needs one of {', '.join(HUB)} as --teacher, "
+                             f"not {name!r}")
         width = 768 if "vitb" in name else 384
         return small_vit(224, int(name[9:]), width, 12, width // 64).eval().requires_grad_(False)
     if name in HUB:
@@ -258,11 +273,12 @@ def build_teacher(name, random_weights=False):
 
 # ------------------------------------------------------------- student: D_S, discretizer, E_S, P_S
 
-START_STD = 0.3     # of start token, CLS and positions: as the symbols' embeddings, so that neither drowns the other
+# Of start token, CLS and positions: as the symbols' embeddings, so that neither drowns the other
+START_STD = 0.3
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values are made apart from the queries, so that they can be kept."""
+    """Multi-head attention whose keys and values are made apart from the queries: to be kept."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -270,7 +286,8 @@ class Attention(nn.Module):
         self.to_q, self.to_kv, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
 
     def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                # (B, L, d) -> (B, heads, L, d/heads)
+        """(B, L, d) -> (B, heads, L, d/heads)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, x):
         """x (B, L, d) -> keys and values, (B, heads, L, d/heads) each."""
@@ -295,8 +312,9 @@ class Look(Attention):
         return lowered(self.to_kv.weight).unflatten(0, (2, self.heads, -1)).unbind()
 
     def forward(self, x, carriers, tokens, mark):
-        """x (B, 1, d) asks tokens (B, S, d), the first of them seen as tokens[:, 0] + mark (d,); None:
-        as it is. Returns what is seen, (B, 1, d), and the weights (B, heads, S), whose rows sum to 1."""
+        """x (B, 1, d) asks tokens (B, S, d), the first of them seen as tokens[:, 0] + mark (d,);
+        None: as it is. Returns what is seen, (B, 1, d), and the weights (B, heads, S), whose
+        rows sum to 1."""
         to_k, to_v = carriers
         q = self.split(self.to_q(x))[:, :, 0] * to_k.shape[1] ** -0.5           # (B, heads, c)
         asked = torch.einsum("bhc,hcd->bhd", q, to_k)
@@ -319,12 +337,13 @@ class Block(nn.Module):
         if cross:
             self.norm_cross, self.cross = nn.LayerNorm(width), Look(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width))
 
     def forward(self, x, context=None, past=None, mask=None, only=None):
         """x (B, L, d); context: what `Look` is given, L is 1 then; past: keys and values of earlier
-        positions; only: positions that are wanted, others are seen but not computed. Returns x, keys
-        and values of all positions so far, and the look's weights."""
+        positions; only: positions that are wanted, others are seen but not computed. Returns x,
+        keys and values of all positions so far, and the look's weights."""
         h, weights = self.norm1(x), None
         kept = self.attention.keys_values(h)
         if only is not None:
@@ -344,15 +363,15 @@ class Description(NamedTuple):
     weights: torch.Tensor           # (B, T, K) soft or hard choice
     embeddings: torch.Tensor        # (B, T, d)
     logits: torch.Tensor            # (B, T, K)
-    gists: torch.Tensor             # (B, T, d) the CLS as imagined at each symbol; zeros without Draft
-    drafts: torch.Tensor            # (B, T, d) linear reading of the symbols up to each; zeros without Draft
+    gists: torch.Tensor          # (B, T, d) the CLS as imagined at each symbol; zeros without Draft
+    drafts: torch.Tensor   # (B, T, d) linear reading of the symbols up to each; zeros without Draft
     aux: torch.Tensor               # () the discretizer's own loss, mean over positions
     attention: torch.Tensor | None  # (B, T, N) over the patches, rows sum to 1
 
 
 def ordered_like(meant, centres):
-    """centres (K, d) in the order in which each has a large cosine with the row of meant (K, d) beside it:
-    greedily, the most similar pair first."""
+    """centres (K, d) in the order in which each has a large cosine with the row of meant (K, d)
+    beside it: greedily, the most similar pair first."""
     cosine = F.normalize(meant, dim=1) @ F.normalize(centres, dim=1).T          # (K, K)
     order = torch.empty(len(centres), dtype=torch.long)
     for _ in range(len(centres)):
@@ -363,18 +382,21 @@ def ordered_like(meant, centres):
 
 
 class Draft(nn.Module):
-    """A first, linear reading of the symbols so far, and what it makes of the next one. Our addition,
-    after residual quantisation: c_tk in the student's space is what symbol k stands for at place t,
+    """A first, linear reading of the symbols so far, and what it makes of the next one. Our
+    addition, after residual quantisation: c_tk in the student's space is what symbol k stands
+    for at place t,
 
         draft_t = c_1,s1 + ... + c_t,st        bid_tk = -|gist_t - draft_(t-1) - c_tk|^2 / unit_t
 
-    gist_t is the CLS as the descriptor imagines it when it says symbol t: it sees the patches alone,
-    and learns to tell the CLS from them (losses.regression_loss). So a symbol is about what those
-    before it left unsaid, and the language is residual k-means (`fit`) as far as patches tell the CLS."""
+    gist_t is the CLS as the descriptor imagines it when it says symbol t: it sees the patches
+    alone, and learns to tell the CLS from them (losses.regression_loss). So a symbol is about
+    what those before it left unsaid, and the language is residual k-means (`fit`) as far as
+    patches tell the CLS."""
 
     def __init__(self, width, length, vocab):
         super().__init__()
-        # c_tk; fixed, because learning on augmented views would move them away from pictures as they are
+        # c_tk; fixed, because learning on augmented views would move them away from pictures
+        # as they are
         self.register_buffer("centres", torch.randn(length, vocab, width))
         self.register_buffer("unit", torch.ones(length))
         self.gist = nn.Linear(width, width)
@@ -382,10 +404,11 @@ class Draft(nn.Module):
 
     @torch.no_grad()
     def fit(self, cls, near):
-        """Residual k-means of CLS in the student's space, (n, d). The first symbols are centres of pictures
-        half on their way to what is near them, (n, d): of kinds, more than of single pictures. A unit is one
-        deviation of the squared distances: bids have deviation 1 at every place, however little is left. A
-        symbol points the same way at all places, as far as possible: so it is one word, and not T words."""
+        """Residual k-means of CLS in the student's space, (n, d). The first symbols are centres of
+        pictures half on their way to what is near them, (n, d): of kinds, more than of single
+        pictures. A unit is one deviation of the squared distances: bids have deviation 1 at every
+        place, however little is left. A symbol points the same way at all places, as far as
+        possible: so it is one word, and not T words."""
         meant = 0
         for t, centres in enumerate(self.centres):
             fitted = discretize.kmeans(cls if t else (cls + near) / 2, len(centres), 25)
@@ -394,7 +417,7 @@ class Draft(nn.Module):
             distance = torch.cdist(cls, centres)                                # (n, K)
             self.unit[t] = distance.square().std()
             cls = cls - centres[distance.argmin(1)]
-        self.unit.clamp_(min=0.001 * self.unit[0].item() + 1e-6)     # few pictures leave nothing to say
+        self.unit.clamp_(min=0.001 * self.unit[0].item() + 1e-6)    # few pictures leave nothing
 
     def bids(self, left, t):
         """left (B, d) to be said -> (B, K), up to what is the same for all symbols."""
@@ -423,16 +446,19 @@ class Descriptor(nn.Module):
         # Standardised tokens look alike; the CLS, which knows most, is given a mark to be found by.
         self.cls_mark = nn.Parameter(torch.randn(width)) if see_cls else None
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
-        # BatchNorm, one per position, and not LayerNorm (our choice): it takes away what all pictures have
-        # in common, which otherwise decides the symbol, the same for every picture and every position.
+        # BatchNorm, one per position, and not LayerNorm (our choice): it takes away what all
+        # pictures have in common, which otherwise decides the symbol, the same for every picture
+        # and every position.
         self.norms = nn.ModuleList(
             distributed.BatchNorm(width, affine=False) for _ in range(length))
 
     def forward(self, tokens, disc, draft=None, hard=False, attention=False):
-        """tokens (B, N+1, d) -> Description. The embedding of each symbol *after* discretisation is the
-        next input, in training and in evaluation alike (our choice: no teacher forcing exists here)."""
+        """tokens (B, N+1, d) -> Description. The embedding of each symbol *after*
+        discretisation is the next input, in training and in evaluation alike (our choice: no
+        teacher forcing exists here)."""
         gist, read, bids = torch.zeros_like(tokens[:, 0]), torch.zeros_like(tokens[:, 0]), None
-        seen = (lowered(tokens[:, 1:]), None) if draft else (lowered(tokens), lowered(self.cls_mark))
+        seen = ((lowered(tokens[:, 1:]), None) if draft
+                else (lowered(tokens), lowered(self.cls_mark)))
         contexts = [(block.cross.carriers(), *seen) for block in self.blocks]
         pasts, said, looked, gists, drafts = [None] * len(self.blocks), [], [], [], []
         embedding = self.start[:, 0].expand(len(tokens), -1)                    # (B, d)
@@ -465,10 +491,11 @@ class Descriptor(nn.Module):
 
 
 class Interpreter(nn.Module):
-    """E_S: reads the prefixes of 1, 2, 4, … T symbols back; z_s^(n) is its CLS output (section 3.2).
+    """E_S: reads the prefixes of 1, 2, 4, … T symbols back; z_s^(n) is its CLS output (section
+    3.2).
 
-    All prefixes lie side by side in one sequence, [CLS s1][CLS s1 s2][CLS s1 … s4] …, and a mask keeps
-    them apart: one pass instead of four, the same numbers.
+    All prefixes lie side by side in one sequence, [CLS s1][CLS s1 s2][CLS s1 … s4] …, and a mask
+    keeps them apart: one pass instead of four, the same numbers.
     """
 
     def __init__(self, width, depth, heads, length):
@@ -479,8 +506,9 @@ class Interpreter(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
         group = torch.cat([torch.full((n + 1,), n) for n in self.lengths])
-        self.register_buffer("gather", torch.cat([torch.arange(n + 1) for n in self.lengths]), persistent=False)
-        self.first = [n - 1 + j for j, n in enumerate(self.lengths)]            # where the CLS of each prefix is
+        gather = torch.cat([torch.arange(n + 1) for n in self.lengths])
+        self.register_buffer("gather", gather, persistent=False)
+        self.first = [n - 1 + j for j, n in enumerate(self.lengths)]    # the CLS of each prefix
         self.register_buffer("mask", group[:, None] == group[None, :], persistent=False)
 
     def forward(self, embeddings):
@@ -495,73 +523,84 @@ class Interpreter(nn.Module):
 
 def neighbour_means(y, neighbours):
     """y (n, d) -> (n, d), the mean of so many others that lie nearest to each."""
-    near = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices[:, 1:]     # without itself
+    near = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices
             for part in y.split(500))
-    return torch.cat([y[i].mean(1) for i in near])
+    return torch.cat([y[i[:, 1:]].mean(1) for i in near])           # without itself
 
 
 def whitening(x, ridge):
-    """The symmetric matrix that makes the covariance of x (n, d), of mean 0, the same in all directions, up
-    to a factor. ridge: share of the largest variance that is added to all of them."""
+    """The symmetric matrix that makes the covariance of x (n, d), of mean 0, the same
+    in all directions, up to a factor. ridge: share of the largest variance that is
+    added to all of them."""
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     return axes * (variance + ridge * variance.max().clamp(min=1e-12)).rsqrt() @ axes.T
 
 
 class Student(nn.Module):
-    """Descriptor, discretizer, interpreter and projector, and the space in which they see the teacher.
+    """Descriptor, discretizer, interpreter and projector, and the space in which they see the
+    teacher.
 
-    Space (our choice): the CLS token is centred and whitened by its covariance *within* pictures, between
-    augmented views, so that a unit is as much as an augmentation moves it, in every direction: the student
-    should say what lasts, and a teacher's few loud directions would otherwise be all that it says. Then by
-    what tells it from its neighbours (`draw_together`), and of all this the loudest directions (`project`).
-    Patch tokens: mean 0 and deviation 1 in each dimension."""
+    Space (our choice): the CLS token is centred and whitened by its covariance *within*
+    pictures, between augmented views, so that a unit is as much as an augmentation moves it, in
+    every direction: the student should say what lasts, and a teacher's few loud directions
+    would otherwise be all that it says. Then by what tells it from its neighbours
+    (`draw_together`), and of all this the loudest directions (`project`). Patch tokens: mean 0
+    and deviation 1 in each dimension."""
 
-    def __init__(self, width, disc, projector, length=8, descriptor=(6, 8), interpreter=(12, 6), draft=True):
-        """descriptor and interpreter: (depth, heads). Raises ValueError for sizes that do not fit."""
+    def __init__(self, width, disc, projector, length=8, descriptor=(6, 8), interpreter=(12, 6),
+                 draft=True):
+        """descriptor, interpreter: (depth, heads). Raises ValueError for sizes that do not fit."""
         super().__init__()
         if length < 1 or length & (length - 1):
-            raise ValueError(f"--length must be a power of two (prefixes of 1, 2, 4, …), not {length}")
+            raise ValueError("--length must be a power of two (prefixes of 1, 2, 4, …), "
+                             f"not {length}")
         for name, (_, heads) in (("descriptor", descriptor), ("interpreter", interpreter)):
             if heads < 1 or width % heads:
-                raise ValueError(f"--{name}-heads {heads} does not divide the teacher's width {width}")
+                raise ValueError(f"--{name}-heads {heads} does not divide the teacher's width "
+                                 f"{width}")
         self.register_buffer("mean", torch.zeros(2, width))                     # of CLS, of patches
         self.register_buffer("std", torch.ones(width))                          # of patches
         self.register_buffer("whiten", torch.eye(width))                        # of CLS
-        self.descriptor = Descriptor(width, *descriptor, length, see_cls=not draft)     # it would be the answer
+        # With a draft the CLS is what the descriptor has to tell: it would be the answer
+        self.descriptor = Descriptor(width, *descriptor, length, see_cls=not draft)
         self.interpreter = Interpreter(width, *interpreter, length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
-            if isinstance(module, nn.Linear):       # PyTorch's own start is 1.7 times narrower, and with it
-                nn.init.xavier_uniform_(module.weight)      # every picture gets the same symbols
+            # PyTorch's own start is 1.7 times narrower: every picture gets the same symbols
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         self.draft = Draft(width, length, disc.vocab) if draft else None
         if draft:
-            nn.init.zeros_(self.interpreter.out.weight)     # it corrects the draft, so it starts silent
+            nn.init.zeros_(self.interpreter.out.weight)     # it corrects the draft: silent at first
         self.disc, self.projector = disc, projector
         self.lengths = self.interpreter.lengths
 
     @torch.no_grad()
     def fit_space(self, cls, patches, ridge=0.01):
-        """cls (2, B, d): two views each of B pictures; patches (M, N, d) of some. ridge: share of the largest
-        variance within pictures that is added to all of them (0.001 to 0.1 measured alike)."""
+        """cls (2, B, d): two views each of B pictures; patches (M, N, d) of some. ridge:
+        share of the largest variance within pictures that is added to all of them (0.001
+        to 0.1 measured alike)."""
         patches = patches.flatten(0, 1)
         self.mean.copy_(torch.stack([cls.mean((0, 1)), patches.mean(0)]))
         self.std.copy_(patches.std(0).clamp(min=1e-6))
         whiten = whitening(cls[0] - cls[1], ridge)
-        self.whiten.copy_(whiten / ((cls - self.mean[0]) @ whiten).square().mean().sqrt().clamp(min=1e-6))
+        size = ((cls - self.mean[0]) @ whiten).square().mean().sqrt()
+        self.whiten.copy_(whiten / size.clamp(min=1e-6))
 
     @torch.no_grad()
     def draw_together(self, y, neighbours, ridge=0.1):
-        """Whitens the space once more, by the covariance of what tells pictures from their neighbours. y: CLS
-        of pictures as they are, in this space, (n, d) -> the same in the new one. What near pictures do not
-        share is not what they are of: it counts less now, and their classes lie closer together."""
+        """Whitens the space once more, by the covariance of what tells pictures from their
+        neighbours. y: CLS of pictures as they are, in this space, (n, d) -> the same in the new
+        one. What near pictures do not share is not what they are of: it counts less now, and their
+        classes lie closer together."""
         return self.transform(y, whitening(y - neighbour_means(y, neighbours), ridge))
 
     @torch.no_grad()
     def project(self, y, directions):
-        """Leaves as many directions of the space as pictures differ most in; y (n, d) and what is returned as
-        in `draw_together`. A symbol spent on the others, in which neighbours agree no more than others do,
-        would be lost on k-NN; and the patches tell little of them."""
-        axes = torch.linalg.eigh(torch.cov(y.T)).eigenvectors[:, -directions:]  # the largest come last
+        """Leaves as many directions of the space as pictures differ most in; y (n, d) and what is
+        returned as in `draw_together`. A symbol spent on the others, in which neighbours agree no
+        more than others do, would be lost on k-NN; and the patches tell little of them."""
+        axes = torch.linalg.eigh(torch.cov(y.T)).eigenvectors[:, -directions:]  # largest: last
         return self.transform(y, axes @ axes.T)
 
     def transform(self, y, change):
@@ -571,7 +610,7 @@ class Student(nn.Module):
         return y @ change
 
     def space(self, tokens):
-        """z_t (B, N+1, d) -> the same in the student's space; overall the CLS has mean 0, mean square 1."""
+        """z_t (B, N+1, d) -> the same in the student's space: CLS of mean 0, mean square 1."""
         with torch.autocast(tokens.device.type, enabled=False):
             cls = (tokens[:, :1].float() - self.mean[0]) @ self.whiten
             return torch.cat([cls, (tokens[:, 1:].float() - self.mean[1]) / self.std], 1)
@@ -588,16 +627,18 @@ class Student(nn.Module):
         return z_s
 
     def read(self, symbols):
-        """symbols (B, T) int64 -> z_s (B, D, d): what a receiver of the symbols alone can compute."""
+        """symbols (B, T) int64 -> z_s (B, D, d): what a receiver of symbols alone can compute."""
         return self.interpret(self.disc.table[symbols], self.draft and self.draft(symbols))
 
 
 class Anchors(nn.Module):
-    """P_S and P_T with prototypes that do not move: k-means centres c_k of the teacher's CLS (our addition).
+    """P_S and P_T with prototypes that do not move: k-means centres c_k of the
+    teacher's CLS (our addition).
 
-    The paper's P_T, an EMA of P_S, forgets whatever the student does not say yet, and the target gets
-    easy instead of the student good. These cannot forget. logit k = <z, c_k> / mean |c|^2: student and
-    teacher go through the same prototypes, so z_s must come to lie where the CLS does."""
+    The paper's P_T, an EMA of P_S, forgets whatever the student does not say yet, and the
+    target gets easy instead of the student good. These cannot forget. logit k = <z, c_k> /
+    mean |c|^2: student and teacher go through the same prototypes, so z_s must come to lie
+    where the CLS does."""
 
     def __init__(self, width, prototypes):
         super().__init__()
@@ -606,9 +647,10 @@ class Anchors(nn.Module):
 
     @torch.no_grad()
     def fit(self, cls):
-        """k-means of CLS in the student's space (n, d), n at least P; raises ValueError for fewer."""
+        """k-means of CLS in the student's space (n, d), n at least P; ValueError for fewer."""
         if len(cls) < len(self.centres):
-            raise ValueError(f"--prototypes {len(self.centres)} is more than the {len(cls)} pictures; lower it")
+            raise ValueError(f"--prototypes {len(self.centres)} is more than the {len(cls)} "
+                             "pictures; lower it")
         self.centres.copy_(discretize.kmeans(cls, len(self.centres)))
         self.scale.copy_(self.centres.square().sum(1).mean().clamp(min=1e-6))
 
@@ -619,25 +661,27 @@ class Anchors(nn.Module):
 
 
 def build_student(config, width):
-    """Student and P_T for a teacher of this width; config: the flags of train.py as a dictionary."""
+    """Student and P_T for a teacher of this width; config: train.py's flags as a dictionary."""
     args = argparse.Namespace(**config)
-    if args.prototype_source == "kmeans":           # P_S and P_T are one and the same, and have no parameters
+    if args.prototype_source == "kmeans":           # P_S is P_T, and has no parameters
         projector = head = Anchors(width, args.prototypes)
     else:
         projector = DINOHead(width, args.prototypes, args.hidden, args.bottleneck)
         head = copy.deepcopy(projector).requires_grad_(False)
     disc = discretize.build(args.disc, width, args.vocab, args)
-    student = Student(width, disc, projector, args.length, (args.descriptor_depth, args.descriptor_heads),
+    student = Student(width, disc, projector, args.length,
+                      (args.descriptor_depth, args.descriptor_heads),
                       (args.interpreter_depth, args.interpreter_heads), args.draft)
     return student, head
 
 
 def load_checkpoint(path, device="cpu"):
-    """RUN/ckpt.pt of train.py -> (config, teacher, student), both frozen and in eval mode on `device`.
-    Raises FileNotFoundError, or ValueError for a damaged or foreign file or one that does not fit."""
+    """RUN/ckpt.pt of train.py -> (config, teacher, student), both frozen and in eval mode on
+    `device`. Raises FileNotFoundError, or ValueError for a damaged or foreign file or one
+    that does not fit."""
     state = read_weights(path)
     if not {"config", "teacher", "student"} <= state.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py (for a teacher's weights use --teacher)")
+        raise ValueError(f"{path} is no checkpoint of train.py (a teacher's weights: --teacher)")
     config = state["config"]
     try:
         sizes = [config["image_size"], config["train_images"] or 1, config["test_images"] or 1]
@@ -648,5 +692,6 @@ def load_checkpoint(path, device="cpu"):
         student, _ = build_student(config, teacher.width)
         student.load_state_dict(state["student"])
     except Exception as error:                      # as above: what a file can hold has no end
-        raise ValueError(f"{path} does not fit this code: {' '.join(str(error).split())[:200]}") from None
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit this code: {why}") from None
     return config, teacher.to(device), student.to(device).eval().requires_grad_(False)

@@ -32,8 +32,9 @@ def add_flags(p):
     p.add_argument("--teacher", default="shapes", help="as in train.py")
     p.add_argument("--image-size", type=int, default=32, help="pixels")
     p.add_argument("--length", type=int, default=8, help="T, symbols; a power of two")
-    p.add_argument("--train-images", type=data.image_count, default=20000, help="at most so many, or all")
-    p.add_argument("--test-images", type=data.image_count, default=5000, help="at most so many, or all")
+    count = {"type": data.image_count, "help": "at most so many, or all"}
+    p.add_argument("--train-images", default=20000, **count)
+    p.add_argument("--test-images", default=5000, **count)
     p.add_argument("--seed", type=int, default=0, help="of the draws, and of the data, as train.py")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="for the networks; k-means and probes run on the CPU")
@@ -96,7 +97,8 @@ def run(args):
                              for key, value in row.items() if key != "perplexity"))
     if args.json:
         facts = {"config": {k: str(v) for k, v in vars(args).items()},
-                 "machine": train_script.machine(args.device), "seconds": round(time.time() - start, 1)}
+                 "machine": train_script.machine(args.device),
+                 "seconds": round(time.time() - start, 1)}
         checkpoint.write(args.json, lambda part: part.write_text(
             json.dumps(facts | figures, indent=1) + "\n"))
 
@@ -110,7 +112,7 @@ def parse(argv=None):
                    help="on the CLS as the student sees it, whitened")
     p.add_argument("--rounds", type=int, default=3, help="of --space, as in train.py")
     p.add_argument("--json", type=Path, help="also write the figures there")
-    defaults = vars(train_script.parse([]))                         # what train.py's fit of the space reads
+    defaults = vars(train_script.parse([]))                 # what train.py's fit of the space reads
     p.set_defaults(**{name: defaults[name] for name in ("batch_size", "neighbours", "directions")})
     return p.parse_args(argv)
 

@@ -43,9 +43,11 @@ BASE = {"softmax-128": "train.py --disc softmax --vocab 128"}
 DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"
          for vocab in SIZES for disc in ("softmax", "gumbel", "vq")}
 EXPLORE = BASE | {f"softmax-128-{name}": f"train.py --explore {name}" for name in STRATEGIES}
-VOCABULARIES = {f"softmax-{vocab}": f"train.py --disc softmax --vocab {vocab}" for vocab in (512, 256, 128, 64, 32, 16)}
-# Table -> name of a row -> its command. Each exploration changes one thing of BASE; ablations go back
-# towards the paper step by step, with --balance where there is no draft to keep symbols in use.
+VOCABULARIES = {f"softmax-{vocab}": f"train.py --disc softmax --vocab {vocab}"
+                for vocab in (512, 256, 128, 64, 32, 16)}
+# Table -> name of a row -> its command. Each exploration changes one thing of BASE; ablations
+# go back towards the paper step by step, with --balance where there is no draft to keep
+# symbols in use.
 TABLES = {
     "discretizer (Table 1)": DISCS
     | {f"vqvae-{vocab}": f"-m extras.vqvae --overwrite --vocab {vocab}" for vocab in SIZES}
@@ -62,25 +64,30 @@ TABLES = {
         "softmax-128-no-draft": "train.py --no-draft --balance 2",
         "softmax-128-no-draft-no-balance": "train.py --no-draft",
         "softmax-128-no-regression": "train.py --no-draft --balance 2 --regression 0",
-        "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --neighbours 0 --directions 0 --no-plain "
-                           "--prototype-source ema --centering centre --teacher-temp 0.07 --teacher-temp-start 0.04"},
+        "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --neighbours 0 "
+                           "--directions 0 --no-plain --prototype-source ema --centering centre "
+                           "--teacher-temp 0.07 --teacher-temp-start 0.04"},
 }
-# The teacher of photographs: the first tenth of the shipped one's training, for other seeds, and the
-# first three epochs of a shorter schedule with one choice changed
-PRETRAIN = ("-m extras.pretrain --data folder:cifar10 --crop 0.25 1 --stem 32 64 64 128 128 128 --patch 8 --depth 2 "
-            "--prototypes 1024 --batch-size 256 --lr 2e-3 --epochs 100 --every 171")
+# The teacher of photographs: the first tenth of the shipped one's training, for other seeds, and
+# the first three epochs of a shorter schedule with one choice changed
+PRETRAIN = ("-m extras.pretrain --data folder:cifar10 --crop 0.25 1 --stem 32 64 64 128 128 128 "
+            "--patch 8 --depth 2 --prototypes 1024 --batch-size 256 --lr 2e-3 --epochs 100 "
+            "--every 171")
 TEACHERS = {"pretrain-cifar10-tenth": PRETRAIN + " --epochs 140 --stop 14"} | {
     f"pretrain-cifar10-{name}": f"{PRETRAIN} --stop 3 {flag}".strip() for name, flag in {
-        "three": "", "patch-stem": "--stem", "short-stem": "--stem 32 64 128", "no-batch-norm": "--no-batch-norm",
-        "centre": "--centering centre", "temp-04": "--teacher-temp 0.04", "momentum-996": "--momentum 0.996",
+        "three": "", "patch-stem": "--stem", "short-stem": "--stem 32 64 128",
+        "no-batch-norm": "--no-batch-norm", "centre": "--centering centre",
+        "temp-04": "--teacher-temp 0.04", "momentum-996": "--momentum 0.996",
         "prototypes-256": "--prototypes 256", "crop-10": "--crop 0.1 1", "locals-4": "--locals 4",
         "width-256": "--width 256"}.items()}
 EXPERIMENTS = {f"{data}-{name}": " ".join(filter(None, [
     command, flags, SPACE[data] if command.startswith("train.py") or "--space" in command else ""]))
-    for data, flags in DATA.items() for recipes in TABLES.values() for name, command in recipes.items()} | TEACHERS
+    for data, flags in DATA.items() for recipes in TABLES.values()
+    for name, command in recipes.items()} | TEACHERS
 EXPERIMENTS["cifar10-whole"] = "train.py --preset cifar10 --data folder:cifar10"
-EXPERIMENTS["cifar10-whole-kmeans"] = ("-m extras.baselines --vocab 256 --train-images all --test-images all "
-                                       "--data folder:cifar10 --teacher cifar10")
+EXPERIMENTS["cifar10-whole-kmeans"] = (
+    "-m extras.baselines --vocab 256 --train-images all --test-images all --data folder:cifar10 "
+    "--teacher cifar10")
 # The paper's: nine runs in three panels; the strategies, where it has a figure for each of them
 FIGURES = {3: (DISCS, ("teacher_entropy", "kl", "knn_top1")),
            4: (EXPLORE, ("knn_top1", "loss", "teacher_entropy", "kl", "information",
@@ -214,11 +221,12 @@ def line(mine):
 
 
 def against_kmeans(found):
-    """Experiment -> its rows, of one data set -> a sentence: where the discretizers with their default
-    flags are ahead of residual k-means of the CLS with as many symbols of as many, means over seeds."""
+    """Experiment -> its rows, of one data set -> a sentence: where the discretizers with default
+    flags are ahead of residual k-means of the CLS at equal bits, means over seeds."""
     def means(name):
         for n, key in itertools.product((1, 2, 4, 8), ("retention", "linear_top1")):
-            values = [r[key] for r in found.get(name, ()) if r["symbols"] == n and r[key] is not None]
+            values = [r[key] for r in found.get(name, ())
+                      if r["symbols"] == n and r[key] is not None]
             if values:
                 yield (n, key), statistics.mean(values)
 
@@ -229,10 +237,12 @@ def against_kmeans(found):
             if (n, key) in theirs:
                 count += 1
                 if ours <= theirs[n, key]:
-                    behind.append(f"{name}, {key.partition('_')[0]} with {n} ({ours:.4g}, {theirs[n, key]:.4g})")
+                    behind.append(f"{name}, {key.partition('_')[0]} with {n} "
+                                  f"({ours:.4g}, {theirs[n, key]:.4g})")
     if count:
-        yield (f"Ahead of residual k-means of as many symbols in {count - len(behind)} of {count} comparisons of "
-               f"retention and linear probe{'; behind: ' + '; '.join(behind) if behind else ''}.\n")
+        yield (f"Ahead of residual k-means of as many symbols in {count - len(behind)} of {count} "
+               "comparisons of retention and linear probe"
+               f"{'; behind: ' + '; '.join(behind) if behind else ''}.\n")
 
 
 def tables(every):
@@ -251,8 +261,8 @@ def tables(every):
         for title, recipes in (TABLES | {"other": [n for n in found if n not in named]}).items():
             mine = [name for name in recipes if name in found]
             if set(mine) - shown:
-                yield (f"| {title} | seeds | 1 symbol | 2 | 4 | 8 | linear, 1 | 2 | 4 | 8 | perplexity |\n"
-                       + "|---" * 11 + "|")
+                yield (f"| {title} | seeds | 1 symbol | 2 | 4 | 8 | linear, 1 | 2 | 4 | 8 "
+                       "| perplexity |\n" + "|---" * 11 + "|")
                 yield from (line(found[name]) for name in mine)
                 yield ""
             shown |= set(mine)
@@ -271,12 +281,15 @@ def teachers():
             lines.append(f"| {name} | {len(runs)} | {' | '.join(curve)} | {end} |")
         if runs and not seeds:
             last = runs[0][2][-1]
-            cost = (f"The shipped teacher, {name}, took {last['seconds'] / 3600:.1f} hours: {last['images_per_s']:.0f} "
-                    f"images/s, {last['gemm_fraction']:.2f} of the rate of a large matrix product there.")
+            cost = (f"The shipped teacher, {name}, took {last['seconds'] / 3600:.1f} hours: "
+                    f"{last['images_per_s']:.0f} images/s, {last['gemm_fraction']:.2f} of the rate "
+                    "of a large matrix product there.")
     if lines:
-        yield ("**teachers for photographs**, k-NN (k = 20) of CIFAR-10's training pictures: by epoch, of 1 000 held "
-               "out, gallery 5 000; at the run's end, of 6 000 held out, gallery 44 000. " + cost + "\n\n"
-               f"| run | seeds | epoch {' | '.join(map(str, EPOCHS))} | end |\n" + "|---" * (len(EPOCHS) + 3) + "|")
+        yield ("**teachers for photographs**, k-NN (k = 20) of CIFAR-10's training pictures: by "
+               "epoch, of 1 000 held out, gallery 5 000; at the run's end, of 6 000 held out, "
+               f"gallery 44 000. {cost}\n\n"
+               f"| run | seeds | epoch {' | '.join(map(str, EPOCHS))} | end |\n"
+               + "|---" * (len(EPOCHS) + 3) + "|")
         yield from lines
         yield ""
 
@@ -287,7 +300,8 @@ def soft():
             for n, gap in json.loads(path.read_text()).get("soft_minus_hard", {}).items()]
     if gaps:
         gap, run, n = max(gaps, key=lambda entry: abs(entry[0]))
-        yield (f"k-NN of soft mixtures minus that of symbols, largest of {len({run for _, run, _ in gaps})} runs and all "
+        runs = len({run for _, run, _ in gaps})
+        yield (f"k-NN of soft mixtures minus that of symbols, largest of {runs} runs and all "
                f"lengths: {gap:+.2f} points ({run}, {n} symbols).\n")
 
 
@@ -297,12 +311,14 @@ def speed():
     if not found:
         return
     yield ("**speed of a training step**\n\n"
-           "| size | on | images/s | plain version | times as fast | GFLOP an image | of a large product's rate | MB |\n"
+           "| size | on | images/s | plain version | times as fast | GFLOP an image "
+           "| of a large product's rate | MB |\n"
            "|---|---|---|---|---|---|---|---|")
     for r in found:
-        yield (f"| {r['size']}, batch {r['config']['batch_size']} x {r['config']['views']} | {r['device']} "
-               f"| {r['images_per_s']:.2f} | {r['plain_images_per_s']:.2f} | {r['speedup']:.2f} | "
-               f"{r['gflop_per_image']:.2f} | {r['gemm_fraction']:.2f} | {r['peak_memory_mb']:.0f} |")
+        yield (f"| {r['size']}, batch {r['config']['batch_size']} x {r['config']['views']} "
+               f"| {r['device']} | {r['images_per_s']:.2f} | {r['plain_images_per_s']:.2f} "
+               f"| {r['speedup']:.2f} | {r['gflop_per_image']:.2f} | {r['gemm_fraction']:.2f} "
+               f"| {r['peak_memory_mb']:.0f} |")
     for r in found:
         if r.get("growth"):
             powers = ", ".join(f"{name}^{row['exponent']:.2f}" for name, row in r["growth"].items())

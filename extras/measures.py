@@ -155,8 +155,8 @@ def pointing(attention, cover):
 
 def hide(images, score, k):
     """images (n, 3, H, W) uint8 -> the same, the k patches of the highest score (n, N) painted over
-    in the picture's median colour: on a plain ground the ground's own. The mean colour of a red disc
-    on grey, reddish, would be something new to see there."""
+    in the picture's median colour: on a plain ground the ground's own. The mean colour of a red
+    disc on grey, reddish, would be something new to see there."""
     chosen = torch.zeros_like(score).scatter_(1, score.topk(k).indices, 1)
     chosen = chosen.unflatten(1, (1, math.isqrt(score.shape[1]), -1))           # (n, 1, h, w)
     median = images.flatten(2).median(2).values[..., None, None]                # (n, 3, 1, 1)
@@ -236,7 +236,7 @@ def language_figures(ids, factors, vocab, pairs, times):
     rows = {f"bits about {name}, of {most[b]:.2f}":
             {"measured": bits[:, b], "chance": by_chance[:, b]} for b, name in enumerate(FACTORS)}
     (n, t), counts = ids.shape, symbol_counts(ids, vocab)
-    placed = ids + vocab * torch.arange(t)                  # symbol 5 at place 1 is not 5 at place 3
+    placed = ids + vocab * torch.arange(t)                 # symbol 5 at place 1 is not 5 at place 3
     halves = torch.randperm(n).tensor_split(2)
     first, step = torch.randint(n, (pairs,)), torch.randint(1, n, (pairs,))
     pairs = torch.stack([first, (first + step) % n], 1)                     # of two, never of one
@@ -253,9 +253,9 @@ def language_figures(ids, factors, vocab, pairs, times):
 
 
 def figures(describe, retell, image_set, vocab, share=0.25, pairs=50_000, times=20, disturbed=2000):
-    """All rows that the data allow: {name: {kind: number, or (T,) per position}}.
-    describe(images, attention) -> ids (n, T) and attention (n, T, N) or None, as visualize.read;
-    retell(images, ids) -> ids. Only the first `disturbed` pictures are hidden from and disturbed."""
+    """All rows that the data allow: {name: {kind: number, or (T,) per position}}. describe(images,
+    attention) -> ids (n, T) and attention (n, T, N) or None, as visualize.read; retell(images, ids)
+    -> ids. Only the first `disturbed` pictures are hidden from and disturbed."""
     images = image_set.images
     ids, attention = describe(images, True)
     _, t, patches = attention.shape
@@ -323,8 +323,8 @@ def main(argv=None):
         rows = figures(lambda x, attention: read(teacher, student, x, size, attention),
                        lambda x, ids: retell(teacher, student, x, ids, size), test,
                        config["vocab"], args.hide, args.pairs, args.permutations, args.disturbed)
-        print(f"{name}: {len(test)} test images, {min(len(test), args.disturbed)} of them disturbed, "
-              f"{args.pairs} pairs, chance: {args.permutations} permutations")
+        print(f"{name}: {len(test)} test images, {min(len(test), args.disturbed)} of them "
+              f"disturbed, {args.pairs} pairs, chance: {args.permutations} permutations")
         print_table(rows)
         if args.json:
             about = {"data": name, "images": len(test), "disturbed": args.disturbed,

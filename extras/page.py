@@ -56,12 +56,14 @@ def lifts(chosen, values, names):
 
 
 def telling_place(ids, symbol, known):
-    """The position, from 0, where a symbol tells most (see `lifts`) about one of the attributes; where nothing
-    is known, or told, the one where it is said most. A symbol can mean another thing at every position."""
+    """The position, from 0, where a symbol tells most (see `lifts`) about one of the attributes;
+    where nothing is known, or told, the one where it is said most. A symbol can mean another
+    thing at every position."""
     def told(t):
         chosen = ids[:, t] == symbol
-        best = [rows[0] for rows in (lifts(chosen, *attribute) for attribute in known.values()) if rows]
-        return max((hits * math.log(lift) for _, lift, hits in best), default=0), chosen.sum().item()
+        every = (lifts(chosen, *attribute) for attribute in known.values())
+        told = [hits * math.log(lift) for _, lift, hits in (rows[0] for rows in every if rows)]
+        return max(told, default=0), chosen.sum().item()
     return max(range(ids.shape[1]), key=told)
 
 
@@ -145,9 +147,11 @@ def samples(ids, attention, data):
 
 
 def card(symbol, ids, said, attention, data, known, thumbs):
-    """A symbol's entry: how often and where it is said, images and meanings at its telling place, companions."""
+    """A symbol's entry: how often and where it is said, images and meanings at its telling place,
+    companions."""
     t = telling_place(ids, symbol, known)
-    chosen, users, places = ids[:, t] == symbol, said[:, symbol].sum(), (ids == symbol).sum(0).tolist()
+    chosen, users = ids[:, t] == symbol, said[:, symbol].sum()
+    places = (ids == symbol).sum(0).tolist()
     bars = "".join(f'<div>{m or ""}<i style="height:{28 * m / max(places):.0f}px"></i>{t}</div>'
                    for t, m in enumerate(places, 1))
     looks = []
@@ -176,7 +180,8 @@ def dictionary(ids, attention, data, known, thumbs, vocab, count):
         counts = "".join(f'<td class="n">{m or ""}</td>'
                          for m in [int(uses[s]), *(ids == s).sum(0).tolist()])
         t = telling_place(ids, s, known)
-        cells = [str(t + 1), *(meanings(ids[:, t] == s, attribute, 1) for attribute in known.values())]
+        cells = [str(t + 1)]
+        cells += [meanings(ids[:, t] == s, attribute, 1) for attribute in known.values()]
         cells += [f"{chip(f)} {m}" for f, m in companions(said, s, 1)]
         cells = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f"<tr{place}><td>{chip(s)}</td>{counts}{cells}</tr>")

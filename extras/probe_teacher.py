@@ -1,9 +1,10 @@
 """What a teacher's CLS keeps of each factor of `shapes`, or of classes: linear probe and k-NN.
 
     python -m extras.probe_teacher shapes --json results/teacher-shapes/probe.json
-    python -m extras.probe_teacher cifar10 --data folder:cifar10 --json results/teacher-cifar10/probe.json
+    python -m extras.probe_teacher cifar10 --data folder:cifar10 --json FILE
 
-Chance is 1 / number of values. The train split fits the probe and is the k-NN's gallery; the test split asks.
+Chance is 1 / number of values. The train split fits the probe and is the k-NN's gallery;
+the test split asks.
 """
 import argparse
 import json
@@ -41,13 +42,15 @@ def run(args):
         if name in ("shape", "class"):
             knn = evaluate.knn_accuracies(train, labels[0], test, labels[1])
             figures[name] |= {f"knn_top1_k{k}": top1 for k, (top1, _) in knn.items()}
-        print(f"{name:8}" + "".join(f"  {key} {value:.2f}" for key, value in figures[name].items()), flush=True)
+        scores = "".join(f"  {key} {value:.2f}" for key, value in figures[name].items())
+        print(f"{name:8}{scores}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("teacher", help="a name in weights/ or a file of extras.pretrain")
     p.add_argument("--data", default="shapes", help="as in train.py")
     p.add_argument("--train-images", type=data.image_count, help="default: all")

@@ -170,7 +170,8 @@ def run(args):
     (out / "results.json").unlink(missing_ok=True)                              # another run's
     config = config_of(args) | {"out": str(out), "method": "vqvae",
                                 "machine": machine(args.device)}
-    checkpoint.write(out / "config.json", lambda part: part.write_text(json.dumps(config, indent=1) + "\n"))
+    text = json.dumps(config, indent=1) + "\n"
+    checkpoint.write(out / "config.json", lambda part: part.write_text(text))
     start = time.time()
     with open(out / "metrics.jsonl", "w") as log:
         for epoch in range(args.epochs):
@@ -183,7 +184,8 @@ def run(args):
     shown = torch.cat([data.normalize(sets[1].images[:8], args.image_size), rebuilt[:8]])
     shown = F.interpolate((shown * data.STD + data.MEAN).clamp(0, 1), scale_factor=3)
     save_image(shown, out / "reconstructions.png", nrow=8)
-    checkpoint.write(out / "results.json", lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
+    text = json.dumps(results, indent=1) + "\n"
+    checkpoint.write(out / "results.json", lambda part: part.write_text(text))
     print(f"{out}: " + " ".join(sorted(f.name for f in out.iterdir())))
 
 
