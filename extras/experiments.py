@@ -66,7 +66,10 @@ TABLES = {
         "softmax-128-no-regression": "train.py --no-draft --balance 2 --regression 0",
         "softmax-128-ema": "train.py --no-draft --balance 2 --regression 0 --neighbours 0 "
                            "--directions 0 --no-plain --prototype-source ema --centering centre "
-                           "--teacher-temp 0.07 --teacher-temp-start 0.04"},
+                           "--teacher-temp 0.07 --teacher-temp-start 0.04",
+        "gumbel-128": DISCS["gumbel-128"],
+        "gumbel-128-straight-through": "train.py --disc gumbel --straight-through",
+        "gumbel-128-annealed": "train.py --disc gumbel --tau-start 0.5 --tau 0.1"},
 }
 # The teacher of photographs: the first tenth of the shipped one's training, for other seeds, and
 # the first three epochs of a shorter schedule with one choice changed
@@ -295,14 +298,16 @@ def teachers():
 
 
 def soft():
-    """Markdown: the largest difference, of any run and length, that being hard makes to k-NN."""
-    gaps = [(gap, path.parent.name, n) for path in sorted(RESULTS.glob("*/results.json"))
-            for n, gap in json.loads(path.read_text()).get("soft_minus_hard", {}).items()]
+    """Markdown: for each discretizer the largest difference that being hard makes to k-NN."""
+    gaps = {}                                                   # discretizer -> one of each run
+    for path in sorted(RESULTS.glob("*/results.json")):
+        config, results, _ = read_run(path)
+        if mine := results.get("soft_minus_hard"):
+            gaps.setdefault(config["disc"], []).append(max(mine.values(), key=abs))
     if gaps:
-        gap, run, n = max(gaps, key=lambda entry: abs(entry[0]))
-        runs = len({run for _, run, _ in gaps})
-        yield (f"k-NN of soft mixtures minus that of symbols, largest of {runs} runs and all "
-               f"lengths: {gap:+.2f} points ({run}, {n} symbols).\n")
+        yield ("k-NN of soft mixtures minus that of symbols, largest of all lengths and runs: "
+               + ", ".join(f"{disc} {max(mine, key=abs):+.2f} points ({len(mine)} runs)"
+                           for disc, mine in gaps.items()) + ".\n")
 
 
 def speed():
