@@ -131,8 +131,7 @@ def draw_shapes(indices, seed=0):
     ground = hsv_to_rgb(360 * u[:, 8], 0.25 * u[:, 9], 0.18 + 0.2 * u[:, 10])
     ground = ground * (1 + 0.15 * col(11) * wave)[:, None]                       # (n, 3, 32, 32)
 
-    # Object: position, size and angle are jittered, so that a factor is a category and
-    # not a number.
+    # Object: position, size and angle are jittered: a factor is a category and not a number.
     cx = 16 + 3.5 * (factors["column"][:, None, None] - 1) + 2 * col(12) - 1
     cy = 16 + 3.5 * (factors["row"][:, None, None] - 1) + 2 * col(13) - 1
     radius = RADII[factors["size"]][:, None, None] * (0.95 + 0.1 * col(14))
@@ -387,8 +386,7 @@ class Augment:
         return (mean + contrast.view(-1, 1, 1, 1) * (x - mean)).clamp(0, 1)
 
     def random_blur(self, x):
-        """Gaussian blur, sigma 0.1 … 2 pixels at 224 px, in proportion below; kernel: 5 % of a
-        side."""
+        """Gaussian blur, sigma 0.1 … 2 pixels at 224 px, in proportion below; kernel 5 % wide."""
         if self.blur == 0:
             return x
         side = x.shape[-1]

@@ -81,8 +81,7 @@ class Softmax(Discretizer):
         chosen = args.straight_through
         self.straight_through = self.good_straight_through if chosen is None else chosen
         if not getattr(args, "draft", False):                            # whose bids take its place
-            # No bias: it could only prefer a symbol for all images alike, the first
-            # step of collapse
+            # No bias: it could only prefer a symbol for all images: the first step of collapse
             self.to_logits = nn.Linear(width, vocab, bias=False)
             # h has unit variance (it leaves a BatchNorm), so the logits have deviation SPREAD
             unit = (getattr(args, "tau_start", None) or self.final_tau) if self.tempered else 1

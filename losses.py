@@ -18,8 +18,7 @@ import distributed
 
 @torch.no_grad()
 def sinkhorn(logits, temperature, rounds=3):
-    """Teacher probabilities by Sinkhorn-Knopp (SwAV; DINOv2): softmax, then prototypes used
-    equally.
+    """Teacher probabilities by Sinkhorn-Knopp (SwAV; DINOv2): softmax, then prototypes used alike.
 
     logits (M, P) -> probabilities (M, P); rows sum to 1, columns to about M / P.
     """
@@ -101,8 +100,8 @@ def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
 
 def regression_loss(y, z_s, gists):
     """Mean squared errors of z_s (B, D, d) and gists (B, T, d) from the teacher's CLS y (B, d) in
-    the student's space, where predicting the mean costs 1. Returns (z_s's + 4 times the gists',
-    z_s's per prefix (D,)).
+    the student's space, where predicting the mean costs 1 -> (z_s's + 4 times the gists', z_s's
+    per prefix (D,)).
 
     Our addition: the softmax over prototypes says between which centres a picture lies; k-NN and a
     linear probe also need where. Gists learn to tell the CLS from the patches, and all else

@@ -363,8 +363,8 @@ class Description(NamedTuple):
     weights: torch.Tensor           # (B, T, K) soft or hard choice
     embeddings: torch.Tensor        # (B, T, d)
     logits: torch.Tensor            # (B, T, K)
-    gists: torch.Tensor          # (B, T, d) the CLS as imagined at each symbol; zeros without Draft
-    drafts: torch.Tensor   # (B, T, d) linear reading of the symbols up to each; zeros without Draft
+    gists: torch.Tensor             # (B, T, d) the CLS as imagined at each; zeros without Draft
+    drafts: torch.Tensor            # (B, T, d) a linear reading up to each; zeros without Draft
     aux: torch.Tensor               # () the discretizer's own loss, mean over positions
     attention: torch.Tensor | None  # (B, T, N) over the patches, rows sum to 1
 
@@ -395,8 +395,7 @@ class Draft(nn.Module):
 
     def __init__(self, width, length, vocab):
         super().__init__()
-        # c_tk; fixed, because learning on augmented views would move them away from pictures
-        # as they are
+        # c_tk; fixed: learning on augmented views would move them away from pictures as they are
         self.register_buffer("centres", torch.randn(length, vocab, width))
         self.register_buffer("unit", torch.ones(length))
         self.gist = nn.Linear(width, width)
@@ -529,16 +528,14 @@ def neighbour_means(y, neighbours):
 
 
 def whitening(x, ridge):
-    """The symmetric matrix that makes the covariance of x (n, d), of mean 0, the same
-    in all directions, up to a factor. ridge: share of the largest variance that is
-    added to all of them."""
+    """The symmetric matrix that makes the covariance of x (n, d), of mean 0, the same in all
+    directions, up to a factor. ridge: share of the largest variance that is added to all."""
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     return axes * (variance + ridge * variance.max().clamp(min=1e-12)).rsqrt() @ axes.T
 
 
 class Student(nn.Module):
-    """Descriptor, discretizer, interpreter and projector, and the space in which they see the
-    teacher.
+    """Descriptor, discretizer, interpreter, projector, and the space where they see the teacher.
 
     Space (our choice): the CLS token is centred and whitened by its covariance *within*
     pictures, between augmented views, so that a unit is as much as an augmentation moves it, in
@@ -577,9 +574,8 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def fit_space(self, cls, patches, ridge=0.01):
-        """cls (2, B, d): two views each of B pictures; patches (M, N, d) of some. ridge:
-        share of the largest variance within pictures that is added to all of them (0.001
-        to 0.1 measured alike)."""
+        """cls (2, B, d): two views each of B pictures; patches (M, N, d) of some. ridge: share of
+        the largest variance within pictures that is added to all (0.001 to 0.1 measured alike)."""
         patches = patches.flatten(0, 1)
         self.mean.copy_(torch.stack([cls.mean((0, 1)), patches.mean(0)]))
         self.std.copy_(patches.std(0).clamp(min=1e-6))
