@@ -243,7 +243,8 @@ def evaluate(teacher, student, config, soft=False, probe_on="z", batch_size=256)
     for j, n in enumerate(student.lengths):
         row = score(train["z"][j], train_y, test["z"][j], test_y)
         mixed = score(train["soft"][j], train_y, test["soft"][j], test_y, probe=soft)
-        results["soft"] |= {n: mixed} if soft else {}
+        if soft:
+            results["soft"][n] = mixed
         if probe_on != "z":
             a, b = (one_hot(part["ids"][:, :n], vocab) for part in (train, test))
             target = row if probe_on == "onehot" else results["onehot"].setdefault(n, {})

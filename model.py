@@ -490,8 +490,7 @@ class Descriptor(nn.Module):
 
 
 class Interpreter(nn.Module):
-    """E_S: reads the prefixes of 1, 2, 4, … T symbols back; z_s^(n) is its CLS output (section
-    3.2).
+    """E_S: reads the prefixes of 1, 2, 4, … T symbols back; z_s^(n) is its CLS output (3.2).
 
     All prefixes lie side by side in one sequence, [CLS s1][CLS s1 s2][CLS s1 … s4] …, and a mask
     keeps them apart: one pass instead of four, the same numbers.
@@ -628,8 +627,7 @@ class Student(nn.Module):
 
 
 class Anchors(nn.Module):
-    """P_S and P_T with prototypes that do not move: k-means centres c_k of the
-    teacher's CLS (our addition).
+    """P_S and P_T with prototypes that stay: k-means centres c_k of the teacher's CLS (ours).
 
     The paper's P_T, an EMA of P_S, forgets whatever the student does not say yet, and the
     target gets easy instead of the student good. These cannot forget. logit k = <z, c_k> /
