@@ -10,7 +10,7 @@ One step, for B pictures in V augmented views:
     s   = D_S(z_t)        p_s^(n) = P_S(E_S(s[:n]))             n = 1, 2, 4, 8 symbols
     L   = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j)) + exploration terms
 
-Writes OUT/config.json, OUT/metrics.jsonl (a line per epoch), OUT/ckpt.pt (see checkpoint.py), and
+Writes OUT/config.json, OUT/metrics.jsonl (see --knn-every), OUT/ckpt.pt (see checkpoint.py), and
 at the end the evaluation (OUT/results.json) and the figures (OUT/figure1.png, OUT/curves.png).
 """
 import argparse
@@ -157,8 +157,9 @@ def run_flags(add):
     add("--overwrite", action="store_true", help="start anew although OUT holds a checkpoint")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--knn-every", type=int, default=1,
-        help="epochs between k-NN on held-out training pictures; 0: never")
+    add("--knn-every", type=float, default=0.25,
+        help="epochs between k-NN on held-out training pictures, 0: never. Below 1 the log has a "
+             "line as often, otherwise after each epoch")
     add("--evaluate", action=argparse.BooleanOptionalAction, default=True,
         help="evaluate on the test part at the end")
 
@@ -189,7 +190,7 @@ def check(args):
         value = getattr(args, name)
         if value is not None and value <= 0:                                    # None: all images
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    for name in ("neighbours", "directions", "save_minutes"):
+    for name in ("neighbours", "directions", "save_minutes", "knn_every"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0, and is "
                              f"{getattr(args, name)}")
@@ -336,7 +337,8 @@ class Trainer:
         half = evaluate.autocast(torch.device(args.device)).fast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=half)
         self.epoch, self.seconds = 0, 0.0           # that are done
-        self.at, self.spent, self.sums = 0, 0.0, {}     # steps, seconds, figures of the present one
+        self.at, self.spent = 0, 0.0                # steps and seconds of the present one,
+        self.sums = {}                              # figures of its steps since the last line of log
         self.steps_per_epoch = len(images) // args.batch_size
         if not self.steps_per_epoch:
             raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} "
@@ -406,36 +408,48 @@ class Trainer:
                               losses.cosine(args.ema, 1.0, step / steps))
         return dict(zip(log, distributed.mean(torch.stack(logs).mean(0))))
 
-    def train_epoch(self, keeper=None):
-        """What is left of a pass over the pictures, in an order that depends on seed and epoch
-        alone; mean figures. keeper: saves within the epoch when it is due."""
+    def part(self):
+        """The steps of an epoch, first and end, between two lines of the log: where we are now."""
+        steps, every = self.steps_per_epoch, self.args.knn_every
+        parts = min(steps, max(1, round(1 / every))) if every else 1
+        ends = [steps * i // parts for i in range(parts + 1)]
+        return max(n for n in ends if n <= self.at), min(n for n in ends if n > self.at)
+
+    def train_part(self, keeper=None):
+        """Goes on to the next line of the log, at most to the epoch's end, through the pictures in
+        an order that depends on seed and epoch alone; mean figures since the line before. keeper:
+        saves in between when it is due."""
         args, steps, start = self.args, self.steps_per_epoch, time.time() - self.spent
         generator = torch.Generator().manual_seed(args.seed + self.epoch)
         order = torch.randperm(len(self.images), generator=generator)
+        begin, end = self.part()
         self.student.train()
-        while self.at < steps:
+        while self.at < end:
             batch = order[self.at * args.batch_size:(self.at + 1) * args.batch_size]
             log = self.step(self.fetch(batch), self.epoch * steps + self.at)
             self.sums = {name: self.sums.get(name, 0) + value for name, value in log.items()}
             self.at, self.spent = self.at + 1, time.time() - start
-            save = keeper and self.at < steps and keeper.due()  # the last: with its line of log
-            if save or self.at % 20 == 0 or self.at == steps:   # rarely: .item() waits for a GPU
-                self.report()
+            save = keeper and self.at < end and keeper.due()    # the last: with its line of log
+            if save or self.at % 20 == 0 or self.at == end:     # rarely: .item() waits for a GPU
+                self.report(begin)
             if save:
                 keeper.save(self.state())
-        record = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * steps,
+        record = {"epoch": self.epoch + end / steps, "step": self.epoch * steps + end,
                   "seconds": round(self.seconds + self.spent, 2),
-                  "images_per_s": round(steps * args.batch_size / self.spent, 1),
+                  "images_per_s": round(end * args.batch_size / self.spent, 1),
                   "lr": self.optimizer.param_groups[0]["lr"], "tau": self.student.disc.tau,
                   "teacher_entropy_max": math.log(args.prototypes),
-                  **{name: (value / steps).item() for name, value in self.sums.items()}}
-        self.epoch, self.seconds = self.epoch + 1, self.seconds + self.spent
-        self.at, self.spent, self.sums = 0, 0.0, {}
+                  **{name: (value / (end - begin)).item() for name, value in self.sums.items()}}
+        self.sums = {}
+        if end == steps:
+            self.epoch, self.seconds = self.epoch + 1, self.seconds + self.spent
+            self.at, self.spent = 0, 0.0
         return record
 
-    def report(self):
-        """The progress line; stops the run when the loss or a weight is no number any more."""
-        args, loss = self.args, self.sums["loss"].item() / self.at
+    def report(self, begin):
+        """The progress line, loss since step `begin`; stops the run when the loss or a weight is no
+        number any more."""
+        args, loss = self.args, self.sums["loss"].item() / (self.at - begin)
         finite = all(p.isfinite().all() for p in self.student.parameters())
         if not (finite and math.isfinite(loss)):
             saved = checkpoint.exists(args.out / "ckpt.pt")
@@ -464,7 +478,7 @@ def monitor(trainer, held_out, knn):
 
 
 def alarms(record):
-    """Words for what collapse looks like in the figures of an epoch."""
+    """Words for what collapse looks like in the figures of a line of the log."""
     share = record["teacher_entropy"] / record["teacher_entropy_max"]
     if share < 0.005:
         yield ("the teacher's entropy is 0: all prototypes but one are dead (raise --teacher-temp, "
@@ -518,7 +532,8 @@ def first_files(args, out, trainer, fresh):
     """config.json, and a log without lines that are not of this run or come again."""
     for name in ("ckpt.pt", "ckpt.prev.pt", "results.json") if fresh else ():
         (out / name).unlink(missing_ok=True)                # --overwrite: they are another run's
-    checkpoint.cut_log(out / "metrics.jsonl", "epoch", trainer.epoch)
+    done = trainer.epoch * trainer.steps_per_epoch + trainer.at
+    checkpoint.cut_log(out / "metrics.jsonl", "step", done)
     checkpoint.write(out / "config.json", lambda part: part.write_text(
         json.dumps(config_of(args) | {"machine": machine(args.device)}, indent=1) + "\n"))
 
@@ -552,10 +567,10 @@ def start(args, out, state):
     return trainer, keeper, held_out
 
 
-def log_epoch(trainer, record, held_out):
-    """Monitors, prints and writes an epoch's line of the log."""
+def log_part(trainer, record, held_out):
+    """Monitors, prints and writes a line of the log."""
     args, last = trainer.args, trainer.epoch == trainer.args.epochs
-    due = args.knn_every and (last or trainer.epoch % args.knn_every == 0)
+    due = args.knn_every and (last or args.knn_every < 1 or trainer.epoch % args.knn_every == 0)
     record |= monitor(trainer, held_out, due)
     knn = f"  k-NN {record['knn_top1']:.1f} %" if "knn_top1" in record else ""
     print(f"  teacher entropy {record['teacher_entropy']:.2f}  KL {record['kl']:.2f}  perplexity "
@@ -575,10 +590,12 @@ def run(args):
     trainer, keeper, held_out = start(args, out, state)
     with keeper:
         while trainer.epoch < args.epochs:
-            record = trainer.train_epoch(keeper)
-            if not distributed.rank():
-                log_epoch(trainer, record, held_out)
-            keeper.save(trainer.state())
+            record = trainer.train_part(keeper)
+            with distributed.one_first():                   # others wait: it may take long
+                if not distributed.rank():
+                    log_part(trainer, record, held_out)
+            if trainer.at == 0 or keeper.due():             # an epoch is over
+                keeper.save(trainer.state())
     if not distributed.rank():
         finish(out, args, held_out)
 

@@ -96,9 +96,10 @@ def fork_quickly(monkeypatch):
 
 def test_train_survives_kills_at_random_moments(tiny, tmp_path, fork_quickly, request):
     crashes, dice = request.config.getoption("--crashes"), random.Random()
-    epochs, out = str(2 + crashes), tmp_path / "run"       # no kill comes after the last step
-    train.run(train.parse(tiny("--epochs", epochs, "--out", str(tmp_path / "straight"))))
-    words, statuses = tiny("--epochs", epochs, *EVERY_STEP), []
+    flags = ["--epochs", str(2 + crashes), "--knn-every", "0.5"]    # no kill after the last step
+    out, statuses = tmp_path / "run", []
+    train.run(train.parse(tiny(*flags, "--out", str(tmp_path / "straight"))))
+    words = tiny(*flags, *EVERY_STEP)
     for _ in range(crashes):
         resume = ["--resume"] if checkpoint.exists(out / "ckpt.pt") else []
         statuses.append(killed(train, words + resume, out, dice.uniform(0, 0.4)))

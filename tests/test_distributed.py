@@ -188,7 +188,7 @@ def test_what_happens_to_one_ends_both(
     state, args = checkpoint.load(out / "ckpt.pt"), train.parse(tiny(*flags, "--resume"))
     trainer, _, _ = train.start(args, *train.open_run(args))        # one process goes on from two
     assert 1 <= state["epoch"] == trainer.epoch < 1000
-    assert trainer.train_epoch()["step"] == 4 * (state["epoch"] + 1)
+    assert trainer.train_part()["step"] == 4 * (state["epoch"] + 1)
 
 
 def test_batches_that_do_not_divide(monkeypatch):

@@ -180,9 +180,9 @@ def test_without_a_temperature_annealing_ends_at_the_discretizer_s(tiny_trainer,
 def test_prototypes_rest_in_the_first_epoch_of_ema_runs(tiny_trainer):
     trainer = tiny_trainer("--prototype-source", "ema")
     before = trainer.student.projector.prototypes.clone()
-    trainer.train_epoch()
+    trainer.train_part()
     assert torch.equal(trainer.student.projector.prototypes, before)
-    trainer.train_epoch()
+    trainer.train_part()
     assert not torch.equal(trainer.student.projector.prototypes, before)
 
 

@@ -263,7 +263,7 @@ def test_the_shipped_teacher_knows_shapes_better_than_pixels_do():
 @pytest.mark.parametrize("disc", ["softmax", "gumbel", "vq"])
 def test_checkpoint_round_trip(tiny_trainer, tmp_path, disc):
     trainer = tiny_trainer("--disc", disc)
-    trainer.train_epoch()
+    trainer.train_part()
     torch.save(trainer.state(), tmp_path / "ckpt.pt")
     config, teacher, student = model.load_checkpoint(tmp_path / "ckpt.pt")
     assert config == train.config_of(trainer.args) and config["disc"] == disc

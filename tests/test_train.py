@@ -113,6 +113,24 @@ def test_what_a_run_leaves(tiny, tmp_path):
     assert config == flags | {"out": str(out)} and config["vocab"] == 8 and config["tau"] == 0.3
 
 
+def test_lines_of_the_log_within_an_epoch(tiny, tmp_path):
+    """They change nothing but the log: a third of four steps is 1, two thirds are 2."""
+    whole, parts = ({"--out": tmp_path / str(every), "--knn-every": every} for every in (1, 0.3))
+    for flags in whole, parts:
+        train.run(train.parse(tiny(*(str(word) for pair in flags.items() for word in pair))))
+    whole, parts = ((flags["--out"], records(flags["--out"])) for flags in (whole, parts))
+    assert [r["epoch"] for r in parts[1]] == [0.25, 0.5, 1, 1.25, 1.5, 2]
+    assert [r["step"] for r in parts[1]] == [1, 2, 4, 5, 6, 8]
+    for i, r in enumerate(whole[1]):
+        a, b, c = parts[1][3 * i:3 * i + 3]
+        for name in ("loss", "kl", "teacher_entropy"):
+            assert (a[name] + b[name] + 2 * c[name]) / 4 == pytest.approx(r[name])
+        assert {"knn_top1", "perplexity"} <= a.keys() and a["seconds"] < b["seconds"] < c["seconds"]
+        assert c["knn_prefix"] == r["knn_prefix"] and c["perplexity"] == r["perplexity"]
+    states = [torch.load(out / "ckpt.pt")["student"] for out, _ in (whole, parts)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_the_test_part_plays_no_part_in_training(tiny, monkeypatch):
     original, seen = data.load, []
 
@@ -145,7 +163,8 @@ def test_the_test_part_plays_no_part_in_training(tiny, monkeypatch):
     ("--interpreter-heads 0", "--interpreter-heads"),
     ("--descriptor-depth 0", "--descriptor-depth"), ("--hidden 0", "--hidden"),
     ("--bottleneck 0", "--bottleneck"), ("--device tpu9", "--device"),
-    ("--save-minutes -1", "--save-minutes"), ("--accumulate 0", "--accumulate must"),
+    ("--save-minutes -1", "--save-minutes"), ("--knn-every -1", "--knn-every"),
+    ("--accumulate 0", "--accumulate must"),
     ("--accumulate 3", "multiple of 1 (processes) x 3"), ("--cache-views 1", "--views 2"),
     ("--resume", "no file")])
 def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, flags, words):
@@ -188,7 +207,7 @@ def test_a_new_run_does_not_inherit_the_old_checkpoint(tiny, tmp_path, monkeypat
 
     def killed(self, keeper):                               # before its first checkpoint
         raise KeyboardInterrupt
-    monkeypatch.setattr(train.Trainer, "train_epoch", killed)
+    monkeypatch.setattr(train.Trainer, "train_part", killed)
     with pytest.raises(KeyboardInterrupt):
         train.run(train.parse(tiny("--epochs", "1", "--overwrite")))
     assert "ckpt.pt" not in files(tmp_path / "run") and records(tmp_path / "run") == []
