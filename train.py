@@ -338,7 +338,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=half)
         self.epoch, self.seconds = 0, 0.0           # that are done
         self.at, self.spent = 0, 0.0                # steps and seconds of the present one,
-        self.sums = {}                              # figures of its steps since the last line of log
+        self.sums = {}                              # sums of figures since the last line of log
         self.steps_per_epoch = len(images) // args.batch_size
         if not self.steps_per_epoch:
             raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} "
