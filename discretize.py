@@ -50,7 +50,6 @@ class Discretizer(nn.Module):
     state. train.py sets `tau` at every step (see `anneal`); a loaded model has the final one."""
 
     good_tau = 0.12      # what --tau is when it is not given: measured for each class (paper: 0.12)
-    good_straight_through = True     # the same for --straight-through
 
     def __init__(self, width, vocab, args):
         super().__init__()
@@ -78,8 +77,7 @@ class Softmax(Discretizer):
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
-        chosen = args.straight_through
-        self.straight_through = self.good_straight_through if chosen is None else chosen
+        self.straight_through = args.straight_through
         if not getattr(args, "draft", False):                            # whose bids take its place
             # No bias: it could only prefer a symbol for all images: the first step of collapse
             self.to_logits = nn.Linear(width, vocab, bias=False)
@@ -106,17 +104,23 @@ class Gumbel(Softmax):
     """Gumbel-softmax (3.2, item 2; Jang et al. 2017). In evaluation its weights are Softmax's.
 
     In training the argmax of the weights is a sample of softmax(W h), whatever tau is (Gumbel-max);
-    tau only sets how close to one-hot the weights are."""
+    tau only sets how close to one-hot the weights are, or, straight-through, whom a gradient
+    reaches. Bids are certain from the start and leave little to explore: a quarter of the noise,
+    for samples of softmax(4 * logits), kept the most."""
 
-    good_tau, good_straight_through = 0.5, False
+    good_tau = 1.0
     tempered = False  # logits are W h: SPREAD against noise of standard deviation 1.28, at any tau
-    unit = 1 / 0.12  # as many as softmax has at its tau: noise decides between near equals only
+    unit = 1 / 0.12   # as many as softmax has at its tau
+
+    def __init__(self, width, vocab, args):
+        super().__init__(width, vocab, args)
+        self.noise = 0.25 if getattr(args, "draft", False) else 1
 
     def weigh(self, logits):
         if self.training:
             shape = distributed.world() * len(logits), self.vocab        # everyone's noise: -log E
             noise = -distributed.mine(logits.new_empty(shape).exponential_()).log()
-            return ((logits + noise) / self.tau).softmax(-1)
+            return ((logits + self.noise * noise) / self.tau).softmax(-1)
         return (logits / self.tau).softmax(-1)
 
 
@@ -240,13 +244,12 @@ def add_flags(parser):
     add("--vocab", type=int, default=128,
         help="symbols K; an image is T log2(K) bits. Raise when nearly all are in use")
     add("--tau", type=float,
-        help="temperature, final if annealed, in units of logits; not given: 0.12 (gumbel: 0.5). "
+        help="temperature, final if annealed, in units of logits; not given: 0.12 (gumbel: 1). "
              "Lower: closer to one symbol, gradients vanish. vq: scales the logits only")
     add("--tau-start", type=float, help="temperature at step 0, annealed exponentially to --tau; "
         "none: constant. Set (about 1) when few symbols survive the first epochs")
-    add("--straight-through", action=toggle,
-        help="one-hot forward, soft gradient (paper: soft); not given: on for softmax, off for "
-             "gumbel. Set when soft figures far exceed hard ones")
+    add("--straight-through", action=toggle, default=True,
+        help="one-hot forward, soft gradient (paper: soft, and then soft figures exceed hard ones)")
     add("--vq-dim", type=int, default=16, help="code dimension, 0: the model's width. Low (Yu et "
         "al. 2022) keeps more codes in use; raise when K is in the thousands")
     add("--vq-l2", action=toggle, default=False, help="codes on a sphere: only directions "

@@ -68,8 +68,9 @@ TABLES = {
                            "--directions 0 --no-plain --prototype-source ema --centering centre "
                            "--teacher-temp 0.07 --teacher-temp-start 0.04",
         "gumbel-128": DISCS["gumbel-128"],
-        "gumbel-128-straight-through": "train.py --disc gumbel --straight-through",
-        "gumbel-128-annealed": "train.py --disc gumbel --tau-start 0.5 --tau 0.1"},
+        "gumbel-128-soft": "train.py --disc gumbel --no-straight-through --tau 0.5",
+        "gumbel-128-annealed": "train.py --disc gumbel --no-straight-through --tau-start 0.5 "
+                               "--tau 0.1"},
 }
 # The teacher of photographs: the first tenth of the shipped one's training, for other seeds, and
 # the first three epochs of a shorter schedule with one choice changed

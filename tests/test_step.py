@@ -167,7 +167,7 @@ def test_schedules_by_hand(tiny_trainer):
     assert temperature == pytest.approx([0.03, 0.04, 0.05, 0.06])
 
 
-@pytest.mark.parametrize("disc, end", [("softmax", 0.12), ("gumbel", 0.5)])
+@pytest.mark.parametrize("disc, end", [("softmax", 0.12), ("gumbel", 1)])
 def test_without_a_temperature_annealing_ends_at_the_discretizer_s(tiny_trainer, disc, end):
     trainer = tiny_trainer("--disc", disc, "--tau-start", "2")          # 2 epochs of 2 steps
     seen = []
