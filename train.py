@@ -188,10 +188,10 @@ def check(args):
                  "interpreter_heads", "prototypes", "hidden", "bottleneck", "student_temp",
                  "teacher_temp", "teacher_temp_start", "lr", "lam", "clip", "rounds"):
         value = getattr(args, name)
-        if value is not None and value <= 0:                                    # None: all images
+        if value is not None and not value > 0:         # None: all images; nan is not above, either
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     for name in ("neighbours", "directions", "save_minutes", "knn_every"):
-        if getattr(args, name) < 0:
+        if not getattr(args, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0, and is "
                              f"{getattr(args, name)}")
     if args.draft and not args.regression:

@@ -164,6 +164,7 @@ def test_the_test_part_plays_no_part_in_training(tiny, monkeypatch):
     ("--descriptor-depth 0", "--descriptor-depth"), ("--hidden 0", "--hidden"),
     ("--bottleneck 0", "--bottleneck"), ("--device tpu9", "--device"),
     ("--save-minutes -1", "--save-minutes"), ("--knn-every -1", "--knn-every"),
+    ("--knn-every nan", "--knn-every"), ("--lr nan", "--lr must"),
     ("--accumulate 0", "--accumulate must"),
     ("--accumulate 3", "multiple of 1 (processes) x 3"), ("--cache-views 1", "--views 2"),
     ("--resume", "no file")])
