@@ -304,7 +304,8 @@ def soft():
     for path in sorted(RESULTS.glob("*/results.json")):
         config, results, _ = read_run(path)
         if mine := results.get("soft_minus_hard"):
-            gaps.setdefault(config["disc"], []).append(max(mine.values(), key=abs))
+            read = " (read as mixtures)" if config.get("straight_through") is False else ""
+            gaps.setdefault(config["disc"] + read, []).append(max(mine.values(), key=abs))
     if gaps:
         yield ("k-NN of soft mixtures minus that of symbols, largest of all lengths and runs: "
                + ", ".join(f"{disc} {max(mine, key=abs):+.2f} points ({len(mine)} runs)"

@@ -188,12 +188,17 @@ def test_against_kmeans_names_what_is_behind(planted):
 
 def test_the_largest_soft_gap_of_each_discretizer(planted):
     plant(planted, "shapes-gumbel-128-s0", {"disc": "gumbel"}, {"8": 0.5})
-    for run, gaps in (("shapes-softmax-128-s0", {"1": 0.1, "8": 0.2}), ("shapes-softmax-128-s1", {"1": -0.3}),
-                      ("shapes-gumbel-128-s0", {"8": 2.0})):
+    plant(planted, "shapes-gumbel-128-soft-s0",
+          {"disc": "gumbel", "straight_through": False}, {"8": 0.5})
+    for run, gaps in (("shapes-softmax-128-s0", {"1": 0.1, "8": 0.2}),
+                      ("shapes-softmax-128-s1", {"1": -0.3}),
+                      ("shapes-gumbel-128-s0", {"8": 0.1}),
+                      ("shapes-gumbel-128-soft-s0", {"8": 2.0})):
         path = planted / run / "results.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"soft_minus_hard": gaps}))
     (line,) = experiments.soft()
-    assert line.endswith("gumbel +2.00 points (1 runs), softmax -0.30 points (2 runs).\n")
+    assert line.endswith("gumbel +0.10 points (1 runs), gumbel (read as mixtures) +2.00 points "
+                         "(1 runs), softmax -0.30 points (2 runs).\n")
 
 
 def plant_teacher(place, run, knn, early, seed=0):
