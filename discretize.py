@@ -4,7 +4,7 @@
     gumbel    s_q = softmax((W h + g) / tau), g ~ Gumbel(0,1)  a soft sample; noise in training only
     vq        s_q = argmin_k |h - e_k|                         nearest code, gradient copied past it
 
-    python train.py --disc gumbel --tau-start 1
+    python train.py --disc gumbel --tau-start 4
     python train.py --disc vq --vocab 256 --vq-update gradient
 
 To add one, write a class and its entry in DISCRETIZERS (the last test is a worked example).
