@@ -10,11 +10,13 @@ from extras.baselines import residual_kmeans
 
 
 def test_two_stages_find_a_sum_of_two_codebooks():
-    """Points are coarse (4 far corners) + fine (a small offset in a third dimension): 4 + 4 centres are exact."""
+    """Points are coarse (4 far corners) + fine (a small offset in a third dimension): 4 + 4 centres
+    are exact."""
     corners = torch.tensor([[100.0, 0, 0], [0, 100, 0], [-100, 0, 0], [0, -100, 0]])
-    x = corners.repeat_interleave(50, 0) + torch.tensor([0.0, 0, 1]) * torch.tensor([1.0, -1]).repeat(100)[:, None]
+    offsets = torch.tensor([1.0, -1]).repeat(100)[:, None]
+    x = corners.repeat_interleave(50, 0) + torch.tensor([0.0, 0, 1]) * offsets
     best = None
-    for seed in range(20):                                       # Lloyd from random rows may miss a corner
+    for seed in range(20):                              # Lloyd from random rows may miss a corner
         torch.manual_seed(seed)
         (a, _, _), (b, test, said) = residual_kmeans(x, x[:3], 4, 2)
         if best is None or (x - b).norm() < (x - best[1]).norm():

@@ -50,7 +50,8 @@ def final(out):
 
 def log(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s", "gemm_fraction")} for r in lines]
+    speed = "seconds", "images_per_s", "gemm_fraction"
+    return [{k: v for k, v in r.items() if k not in speed} for r in lines]
 
 
 # ---- SIGKILL -------------------------------------------------------------------------------------

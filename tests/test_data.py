@@ -1,4 +1,5 @@
-"""data.py: shapes is a function of (seed, index), the masks are where the object is, files fail by name."""
+"""data.py: shapes is a function of (seed, index), the masks are where the object is, files fail by
+name."""
 import hashlib
 import json
 import pickle
@@ -32,7 +33,8 @@ def test_a_picture_depends_on_seed_and_index_alone():
 
 
 def test_pictures_are_the_same_on_every_machine():
-    """A few numbers of the first picture of stream 0, as first drawn: a change here changes every result."""
+    """A few numbers of the first picture of stream 0, as first drawn: a change here changes every
+    result."""
     images, factors, masks = data.draw_shapes(range(4), seed=0)
     assert [v.tolist() for v in factors.values()] == GOLDEN["factors"]
     # sin and cos may differ in the last bit between processors: one grey level at the most
@@ -43,7 +45,8 @@ def test_pictures_are_the_same_on_every_machine():
 def test_train_and_test_are_different_streams():
     train, test = (data.load("shapes", split, 32, 50) for split in ("train", "test"))
     assert not torch.equal(train.images, test.images)
-    assert train.classes == data.FACTORS["shape"] and torch.equal(train.labels, train.factors["shape"])
+    assert train.classes == data.FACTORS["shape"]
+    assert torch.equal(train.labels, train.factors["shape"])
 
 
 def test_factors_are_balanced_and_independent():
@@ -51,12 +54,13 @@ def test_factors_are_balanced_and_independent():
     for name, values in data.FACTORS.items():
         share = shapes.factors[name].bincount(minlength=len(values)) / 4000
         assert (share - 1 / len(values)).abs().max() < 0.03
-    table = torch.zeros(10, 8).index_put_((shapes.factors["shape"], shapes.factors["colour"]), torch.ones(()), True)
+    pairs = shapes.factors["shape"], shapes.factors["colour"]
+    table = torch.zeros(10, 8).index_put_(pairs, torch.ones(()), True)
     assert (table / 4000 - 1 / 80).abs().max() < 0.008
 
 
 def test_masks_cover_the_object():
-    """The object is the brightest and most saturated thing: its saturation beats the background's."""
+    """The object is the brightest and most saturated thing: more saturated than the background."""
     shapes = data.load("shapes", "train", 32, 300)
     saturation = (shapes.images.amax(1).float() - shapes.images.amin(1).float())        # (n, H, W)
     inside = torch.stack([s[m].mean() for s, m in zip(saturation, shapes.masks)])
@@ -76,7 +80,8 @@ def square(path, colour, size=(40, 40)):
 def test_folder_with_classes_and_a_corrupt_file(tmp_path, capsys):
     square(tmp_path / "train/red/1.png", (255, 0, 0), (64, 40))
     square(tmp_path / "train/blue/1.png", (0, 0, 255))
-    (tmp_path / "train/red/broken.png").write_bytes((tmp_path / "train/red/1.png").read_bytes()[:60])
+    red = tmp_path / "train/red"
+    (red / "broken.png").write_bytes((red / "1.png").read_bytes()[:60])
     pictures = data.load(f"folder:{tmp_path}", "train", 32)
     assert pictures.classes == ["blue", "red"] and pictures.labels.tolist() == [0, 1]
     assert pictures.images[:, :, 20, 20].tolist() == [[0, 0, 255], [255, 0, 0]]
@@ -187,13 +192,15 @@ def test_no_network_says_what_to_do(monkeypatch):
 
 @pytest.fixture
 def cifar10_archive(tmp_path, monkeypatch):
-    """data/cifar-10-python.tar.gz with other pictures in it, 5 x 260 and 100; torchvision takes it for the real one."""
+    """data/cifar-10-python.tar.gz with other pictures in it, 5 x 260 and 100; torchvision takes it
+    for the real one."""
     cifar, checksum = datasets.CIFAR10, lambda file: hashlib.md5(file.read_bytes()).hexdigest()
     folder = tmp_path / cifar.base_folder
     folder.mkdir()
     names = [name for name, _ in cifar.train_list]
     parts = {name: data.draw_shapes(range(i * 260, i * 260 + 260)) for i, name in enumerate(names)}
-    for name, (images, factors, _) in (parts | {"test_batch": data.draw_shapes(range(100), seed=1)}).items():
+    parts["test_batch"] = data.draw_shapes(range(100), seed=1)
+    for name, (images, factors, _) in parts.items():
         entry = {"data": images.flatten(1).numpy(), "labels": factors["shape"].tolist()}
         (folder / name).write_bytes(pickle.dumps(entry))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": data.FACTORS["shape"]}))
@@ -212,14 +219,15 @@ def cifar10_archive(tmp_path, monkeypatch):
 
 
 def test_preset_cifar10_needs_no_further_flags(cifar10_archive, monkeypatch, capsys):
-    """Unpacks, trains on all pictures with the shipped teacher, evaluates; the archive is not needed again."""
+    """Unpacks, trains on all pictures with the shipped teacher, evaluates; the archive is not
+    needed again."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "cifar10"])
     train.main()
     printed = capsys.readouterr().out
     assert "1235 pictures, teacher 0.8 M" in printed and "8 symbols of 256: 64 bits" in printed
     assert "1300 train images (gallery), 100 test images" in printed
     results = json.loads(Path("runs/cifar10-softmax-256-s0/results.json").read_text())
-    assert results["teacher"]["knn_top1"] > 20          # ten shapes, seen by a teacher of photographs
+    assert results["teacher"]["knn_top1"] > 20      # ten shapes, seen by a teacher of photographs
     cifar10_archive.unlink()
     assert len(data.load("cifar10", "train", 32)) == 1300
 
@@ -243,21 +251,27 @@ def test_augment_off_is_identity():
 @pytest.mark.parametrize("change, measure", [
     (dict(flip=1.0), lambda x: x.flip(-1)),
     (dict(solarise=1.0), lambda x: torch.where(x >= 0.5, 1 - x, x)),
-    (dict(grey=1.0), lambda x: (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, True).expand_as(x)),
+    (dict(grey=1.0),
+     lambda x: (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, True).expand_as(x)),
 ])
 def test_each_augmentation_alone(change, measure, monkeypatch):
     """With crops switched to the identity, each augmentation equals its formula on the pixels."""
-    monkeypatch.setattr(data.Augment, "uniform", staticmethod(lambda x, low, high: torch.zeros(len(x)) + (low + high) / 2))
-    only = data.Augment(**(dict(crop=(1, 1), flip=0, jitter=0, grey=0, blur=0, solarise=0) | change))
-    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(data.Augment, "uniform", staticmethod(
+        lambda x, low, high: torch.zeros(len(x)) + (low + high) / 2))
+    nothing = dict(crop=(1, 1), flip=0, jitter=0, grey=0, blur=0, solarise=0)
+    only = data.Augment(**nothing | change)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
     out = only(images, 1, 16)[0] * data.STD + data.MEAN
     assert torch.allclose(out, measure(images.float() / 255), atol=1e-4)
 
 
 def test_hue_turns_about_grey_and_a_third_of_a_turn_permutes_the_channels(monkeypatch):
-    turn = data.Augment(crop=(1, 1), flip=0, jitter=1, strength=(0, 0, 0, 1), grey=0, blur=0, solarise=0)
+    turn = data.Augment(crop=(1, 1), flip=0, jitter=1, strength=(0, 0, 0, 1), grey=0, blur=0,
+                        solarise=0)
     monkeypatch.setattr(data.Augment, "uniform", staticmethod(
-        lambda x, low, high: torch.zeros(len(x)) + (1 / 3 if high == 1 and low == -1 else (low + high) / 2)))
+        lambda x, low, high: torch.zeros(len(x)) + (
+            1 / 3 if high == 1 and low == -1 else (low + high) / 2)))
     images = torch.randint(64, 192, (1, 3, 8, 8), dtype=torch.uint8)
     x = images.float() / 255
     assert torch.allclose(turn.random_colour(x), x[:, [2, 0, 1]], atol=1e-5)

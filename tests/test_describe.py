@@ -1,4 +1,5 @@
-"""hubconf.py and extras/describe.py: the same symbols by every way, files that survive a kill, exact audits."""
+"""hubconf.py and extras/describe.py: the same symbols by every way, files that survive a kill,
+exact audits."""
 import json
 import math
 import shutil
@@ -20,14 +21,15 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def checkpoint(tiny_trainer, tmp_path):
-    """checkpoint(*flags) -> a file of a tiny student that has seen one batch: 8 symbols of 8, N = 4."""
+    """checkpoint(*flags) -> a file of a tiny student that has seen one batch: 8 symbols of 8, N =
+    4."""
     def make(*flags, name="ckpt.pt"):
         trainer = tiny_trainer(*flags)
         if trainer.student.draft:                           # 32 pictures leave nothing for symbol 8
             trainer.student.draft.centres.data.normal_()
             trainer.student.draft.unit.fill_(10)
         tokens = trainer.teacher(data.normalize(trainer.images, 8))
-        for _ in range(60):                                 # statistics for BatchNorm, or all say the same
+        for _ in range(60):                          # statistics for BatchNorm, or all say the same
             trainer.student.train().describe(tokens)
         torch.save(trainer.state(), tmp_path / name)
         return str(tmp_path / name)
@@ -50,7 +52,8 @@ def lines(path):
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines))
     return str(path)
 
 
@@ -69,7 +72,8 @@ def test_torch_hub_finds_it_from_another_folder(checkpoint, tmp_path):
     code = (f"import torch\ns = torch.hub.load({str(ROOT)!r}, 'symbolizer', source='local', "
             f"checkpoint={checkpoint()!r})\n"
             "print(tuple(s(torch.rand(3, 3, 8, 8)).shape), s.read(s(torch.rand(3, 3, 8, 8))).shape[1:])")
-    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert said.stdout.strip() == "(3, 8) torch.Size([4, 64])", said.stderr
     listed = [name for name, x in vars(hubconf).items() if callable(x) and not name.startswith("_")]
     assert listed == ["symbolizer"]                         # as torch.hub.list does
@@ -118,7 +122,8 @@ def test_lines_say_what_the_model_says(checkpoint, folder, tmp_path):
     describe.main([ckpt, str(folder), "-o", str(out), "--batch-size", "3", "--attention"])
     rows = lines(out)
     names = [row["path"] for row in rows]
-    assert names == [f"a/{i}.png" for i in (0, 2, 4, 6, 8)] + [f"b/deep/{i}.png" for i in (1, 3, 5, 7, 9)]
+    assert names == [*(f"a/{i}.png" for i in (0, 2, 4, 6, 8)),
+                     *(f"b/deep/{i}.png" for i in (1, 3, 5, 7, 9))]
     pictures = torch.stack([data.read_image(folder / name, 8) for name in names])
     said = hubconf.symbolizer(ckpt).describe(pictures, attention=True)
     assert [row["symbols"] for row in rows] == said.ids.tolist()
@@ -141,9 +146,9 @@ def test_corrupt_files_are_named_counted_and_left_out(checkpoint, folder, tmp_pa
     assert "9 lines, 2 files skipped" in said and "images/s" in said
     before = out.read_bytes()
     assert len(lines(out)) == 9 and b"a/4" not in before
-    describe.main([ckpt, str(folder), "-o", str(out)])      # nothing is left to do, nothing is added
+    describe.main([ckpt, str(folder), "-o", str(out)])     # nothing is left to do, nothing is added
     assert "9 lines, 2 files skipped" in capsys.readouterr().err and out.read_bytes() == before
-    (folder / "a/4.png").write_bytes(whole)                 # a file that was skipped can be read now
+    (folder / "a/4.png").write_bytes(whole)             # a file that was skipped can be read now
     assert "a/6.png, expected a/4.png" in refusal(ckpt, folder, "-o", out)
     assert out.read_bytes() == before
 
@@ -192,7 +197,7 @@ def test_a_file_of_something_else_is_refused_and_left_alone(checkpoint, folder, 
     assert "another checkpoint" in refusal(other, folder, "-o", out)
     assert "--attention" in refusal(ckpt, folder, "-o", out, "--attention")
     assert "expected" not in refusal(other, folder, "-o", out)
-    (folder / "a/0a.png").write_bytes((folder / "a/0.png").read_bytes())    # a new picture in between
+    (folder / "a/0a.png").write_bytes((folder / "a/0.png").read_bytes())    # a new one in between
     assert "a/2.png, expected a/0a.png" in refusal(ckpt, folder, "-o", out)
     shutil.rmtree(folder / "b")
     (folder / "a/0a.png").unlink()
@@ -212,7 +217,8 @@ def test_like_ranks_by_the_cosine_of_what_is_read(checkpoint, folder, tmp_path, 
     symbolizer, rows = hubconf.symbolizer(ckpt), {row["path"]: row["symbols"] for row in lines(out)}
     student = symbolizer.student
     z = student.read(torch.tensor([*rows.values()]))[:, -1]
-    cosine = dict(zip(rows, F.normalize(z, dim=1) @ F.normalize(z[[*rows].index("b/deep/3.png")], dim=0)))
+    asked = z[[*rows].index("b/deep/3.png")]
+    cosine = dict(zip(rows, F.normalize(z, dim=1) @ F.normalize(asked, dim=0)))
     assert printed[0][2:] == [*map(str, rows["b/deep/3.png"]), str(folder / "b/deep/3.png")]
     assert "b/deep/3.png" in [row[-1] for row in printed[1:] if row[:2] == ["1.000000", "8"]]
     assert sorted(row[-1] for row in printed[1:]) == sorted(rows)
@@ -229,7 +235,8 @@ def test_like_ranks_by_the_cosine_of_what_is_read(checkpoint, folder, tmp_path, 
 # ---- --check -------------------------------------------------------------------------------------
 
 def test_an_audit_by_hand():
-    """Position 1 is the label, position 2 a coin, position 3 constant; half of the rows are copies."""
+    """Position 1 is the label, position 2 a coin, position 3 constant; half of the rows are
+    copies."""
     ids = torch.tensor([[0, 0, 5], [0, 1, 5], [1, 0, 5], [1, 1, 5]]).repeat(2, 1)
     f = codes.audit(ids, ["cat", "cat", "dog", "dog"] * 2)
     assert (f["images"], f["length"], f["vocab"], f["used"], f["usage"]) == (8, 3, 6, 3, 0.5)
@@ -262,12 +269,14 @@ def test_only_a_part_is_compared_when_one_hot_is_too_large(monkeypatch):
 
 
 def test_check_prints_the_figures_of_a_file(checkpoint, tmp_path, capsys):
-    rows = [{"symbols": [i % 2, 3], "path": f"any/{'ab'[i % 2]}/{i}.jpg", "more": 1} for i in range(40)]
+    rows = [{"symbols": [i % 2, 3], "path": f"any/{'ab'[i % 2]}/{i}.jpg", "more": 1}
+            for i in range(40)]
     path = write(tmp_path / "codes.jsonl", *rows)
     describe.main(["--check", path])
     out = capsys.readouterr().out
     assert "40 images of 2 symbols; vocabulary 4, in use 3 (75.0%)" in out
-    assert "distinct sequences / images 0.0500: 38 duplicates, the most frequent sequence 20 times" in out
+    assert ("distinct sequences / images 0.0500: 38 duplicates, the most frequent sequence 20 times"
+            in out)
     assert "bits an image 4.00 (T log2 K); sum of the positions' entropies 1.00" in out
     assert "perplexity by position         2.00    1.00" in out and "label" not in out
     describe.main(["--check", path, "--labels-from-path", "--vocab", "16"])

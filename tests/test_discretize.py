@@ -120,7 +120,7 @@ def test_flags_have_defaults_and_help():
     discretize.add_flags(parser)
     args = parser.parse_args([])
     assert (args.disc, args.vocab, args.vq_dim) == ("softmax", 128, 16)
-    assert (args.tau, args.tau_start, args.straight_through) == (None, None, True)  # tau: the class's
+    assert (args.tau, args.tau_start, args.straight_through) == (None, None, True)
     assert flags("--no-straight-through").straight_through is False
     assert all(len(action.help) > 20 for action in parser._actions)
     assert "--vq-beta" in parser.format_help()  # a stray % in a help text fails here

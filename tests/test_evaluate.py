@@ -320,11 +320,13 @@ def test_evaluate_scores_a_perfect_language(toy_run, capsys):
     ev.print_table(results)
     printed = capsys.readouterr().out
     assert "2 symbols, one-hot" in printed and "1 symbol, soft" in printed
-    assert "blue            2    3" in printed and "minus that of symbols: +0.00, +0.00 points" in printed
+    assert "blue            2    3" in printed
+    assert "minus that of symbols: +0.00, +0.00 points" in printed
 
 
 def test_soft_minus_hard_is_a_difference_in_points(toy_run, monkeypatch):
-    """Mixtures that all say the same leave k-NN at what guessing gives, so symbols are ahead of them."""
+    """Mixtures that all say the same leave k-NN at what guessing gives: symbols are ahead of
+    them."""
     class Mute(ToyStudent):
         def describe(self, tokens, hard):
             said = super().describe(tokens, hard)

@@ -237,7 +237,7 @@ def test_set_schedule_writes_both_groups():
 
 def test_regression_by_hand():
     y = torch.tensor([[1.0, 0], [0, -1]])                               # (B = 2, d = 2)
-    z_s = torch.stack([y + 1, y], 1)                                    # prefixes 1 and 2: off by 1, exact
+    z_s = torch.stack([y + 1, y], 1)                            # prefixes 1 and 2: off by 1, exact
     gists = torch.stack([y - 2, y, y], 1)                               # mean square 4, 0, 0
     loss, error = losses.regression_loss(y, z_s, gists)
     assert error.tolist() == [1, 0] and not error.requires_grad

@@ -142,7 +142,8 @@ def test_pointing_at_the_mask():
 
 def test_hidden_patches_have_the_median_colour():
     images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    images[:, :, :, :5] = torch.tensor([[7, 90, 200], [255, 0, 31]]).byte()[..., None, None]    # most of it
+    most = torch.tensor([[7, 90, 200], [255, 0, 31]]).byte()
+    images[:, :, :, :5] = most[..., None, None]
     score = torch.tensor([[0, 3, 1, 2], [9, 0, 0, 8]]).float()      # patches of 4 x 4 pixels
     hidden = measures.hide(images, score, 2)
     expected, ground = images.clone(), images[:, :, :1, :1]
@@ -152,7 +153,8 @@ def test_hidden_patches_have_the_median_colour():
 
 
 def test_faithfulness_of_a_symbol_that_names_the_patch_it_looks_at():
-    """Dots, one a patch on grey, are black or white; symbol t is that of patch where[t]; 4 of 16 are hidden."""
+    """Dots, one a patch on grey, are black or white; symbol t is that of patch where[t]; 4 of 16
+    are hidden."""
     images = torch.full((1000, 3, 16, 16), 100, dtype=torch.uint8)
     images[:, :, ::4, ::4] = 255 * torch.randint(2, (1000, 1, 4, 4), dtype=torch.uint8)
     where = torch.randint(16, (1000, 2))
@@ -170,7 +172,8 @@ def test_faithfulness_of_a_symbol_that_names_the_patch_it_looks_at():
 
 
 def test_retelling_says_the_own_choice_after_given_symbols(tiny_trainer):
-    """Its own symbols given, a student says them again; others given, all but the first may change."""
+    """Its own symbols given, a student says them again; others given, all but the first may
+    change."""
     trainer = tiny_trainer()
     teacher, student, size = trainer.teacher, trainer.student.eval(), trainer.args.image_size
     images = torch.randint(256, (200, 3, size, size), dtype=torch.uint8)
@@ -178,7 +181,7 @@ def test_retelling_says_the_own_choice_after_given_symbols(tiny_trainer):
     assert torch.equal(measures.retell(teacher, student, images, ids, size), ids)
     others = measures.retell(teacher, student, images, (ids + 1) % student.disc.vocab, size)
     assert torch.equal(others[:, 0], ids[:, 0]) and not torch.equal(others, ids)
-    assert torch.equal(measures.read(teacher, student, images, size)[0], ids)       # nothing is left behind
+    assert torch.equal(measures.read(teacher, student, images, size)[0], ids)  # nothing left behind
 
 
 def test_disturbances_by_their_size():
@@ -213,7 +216,8 @@ def test_a_planted_describer_gets_every_figure():
     looks = (looks / looks.sum(1, keepdim=True))[:, None].repeat(1, 5, 1)
     rows = measures.figures(lambda x, attention: (ids[:len(x)], looks), lambda x, before: before,
                             pictures, 27, pairs=5000, times=3)
-    for name in ("topographic similarity, edit", "symbols that name a value", "the same, at their place"):
+    for name in ("topographic similarity, edit", "symbols that name a value",
+                 "the same, at their place"):
         assert rows[name]["measured"] == pytest.approx(1) and abs(rows[name]["chance"]) < 0.1
     for name in ("posdis", "bosdis"):               # factors of 600 draws are nearly independent
         assert rows[name]["measured"] > 0.95 and rows[name]["chance"] < 0.05
@@ -237,7 +241,8 @@ def test_pictures_without_factors_get_what_needs_none(capsys):
     looks = torch.tensor([0, 0, 1.0, 0]).expand(40, 1, 4)
     pictures = train.data.ImageSet(images, torch.full((40,), -1), [])
     bright = lambda x, _: (x.amax((1, 2, 3)) > 150).long()[:, None]         # noqa: E731
-    rows = measures.figures(lambda x, _: (bright(x, _), looks), bright, pictures, 2, share=0.25, times=2)
+    rows = measures.figures(lambda x, _: (bright(x, _), looks), bright, pictures, 2, share=0.25,
+                            times=2)
     assert list(rows) == ["changed, 1 of 4 patches hidden", "attended / random",
                           "attended / attended in another", "unchanged"]
     changed = rows["changed, 1 of 4 patches hidden"]

@@ -53,7 +53,7 @@ def make_student(disc="softmax", draft=True, **flags):
     for name, p in student.named_parameters():                                  # no bias stays 0
         if p.ndim == 1 or "position" in name:
             p.data.add_(0.3 * torch.randn_like(p))
-    if draft:                                                                   # as if after training
+    if draft:                                                               # as if after training
         student.draft.gist.weight.data.normal_(std=0.1)
         student.interpreter.out.weight.data.normal_()
         student.draft.unit.uniform_(20, 60)
@@ -96,7 +96,8 @@ def test_what_is_said_changes_only_what_comes_later(position):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("hard, draft", [(False, False), (False, True), (True, True)])
 def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, draft, training):
-    student, tokens = make_student(draft=draft, tau=0.5, straight_through=False), torch.randn(B, N + 1, D)
+    student = make_student(draft=draft, tau=0.5, straight_through=False)
+    tokens = torch.randn(B, N + 1, D)
     tokens = tokens + torch.randn(D)                                 # so that the space matters
     student.fit_space(tokens[:, 0] + 0.1 * torch.randn(2, B, D), tokens[:, 1:])
     descriptor, z_t = student.descriptor, student.space(tokens)
@@ -107,7 +108,8 @@ def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, draft, t
         return (x - mean) / (var + 1e-5).sqrt()
 
     said = student.train(training).describe(tokens, hard, attention=True)
-    gist, unit, centres = torch.zeros(B, D), student.draft and student.draft.unit, student.draft and student.draft.centres
+    gist = torch.zeros(B, D)
+    unit, centres = (student.draft.unit, student.draft.centres) if draft else (None, None)
     read_so_far, bids = torch.zeros(B, D), None
     if draft:
         z_t = z_t[:, 1:]                                    # it must not see the CLS
@@ -125,7 +127,8 @@ def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, draft, t
             square = torch.cdist(gist - read_so_far, centres[t]).square()
             bids = (gist - read_so_far).square().sum(-1, keepdim=True) / unit[t] - square / unit[t]
         choice = student.disc(h, hard, bids)
-        assert close(said.logits[:, t], choice.logits, 1e-3) and torch.equal(said.ids[:, t], choice.ids)
+        assert close(said.logits[:, t], choice.logits, 1e-3)
+        assert torch.equal(said.ids[:, t], choice.ids)
         assert close(said.weights[:, t], choice.weights, 1e-3)
         assert close(said.embeddings[:, t], choice.embedding, 1e-3)
         patches = looked[:, :, -1, 0 if draft else 1:].mean(1)  # mean of heads: (B, N)
@@ -168,7 +171,8 @@ def test_packed_prefixes_equal_each_prefix_read_alone():
 
 @torch.no_grad()
 def test_the_draft_starts_as_residual_k_means():
-    """Planted: 4 far corners, each with the same 4 near corners around it: two symbols say it all."""
+    """Planted: 4 far corners, each with the same 4 near corners around it: two symbols say it
+    all."""
     far, near = 10 * torch.eye(D)[:4], torch.eye(D)[4:8]
     cls = (far[:, None] + near).flatten(0, 1).repeat(5, 1) + 1e-4 * torch.randn(80, D)
     best = 1e9
@@ -180,7 +184,8 @@ def test_the_draft_starts_as_residual_k_means():
             symbols.append(draft.bids(left, t).argmax(1))
             left = left - draft.centres[t][symbols[-1]]
         read = draft(torch.stack(symbols, 1))               # (80, 2, d)
-        assert close(read[:, 1], cls - left) and close(read[:, 0], draft.word(torch.eye(4)[symbols[0]], 0))
+        assert close(read[:, 1], cls - left)
+        assert close(read[:, 0], draft.word(torch.eye(4)[symbols[0]], 0))
         best = min(best, left.abs().max().item())
         assert abs(torch.cdist(cls, draft.centres[0]).square().std() / draft.unit[0] - 1) < 1e-3
     assert best < 1e-2
@@ -188,15 +193,18 @@ def test_the_draft_starts_as_residual_k_means():
 
 @torch.no_grad()
 def test_the_first_symbol_is_a_centre_of_what_lies_near():
-    """Planted: pictures of two kinds, a fifth of which stray; half way to what is near they are two kinds."""
+    """Planted: pictures of two kinds, a fifth of which stray; half way to what is near they are two
+    kinds."""
     kinds, strays = 4 * torch.eye(D)[:2].repeat(40, 1), torch.zeros(80, D)
     strays[::5] = 6 * torch.eye(D)[3]
     draft, errors = model.Draft(D, 2, 2), []
     for _ in range(40):                                     # k-means may start badly
         draft.fit(kinds + strays, kinds - strays)           # half way between them: the kinds
-        read = torch.cdist(kinds, draft.centres[0]).min(1).values, torch.cdist(strays, draft.centres[1]).min(1).values
+        read = [torch.cdist(planted, found).min(1).values
+                for planted, found in zip((kinds, strays), draft.centres)]
         errors.append([x.max().item() for x in read])
-    assert min((second for first, second in errors if first < 1e-4), default=1) < 1e-4     # the second: who strays
+    # the second: who strays
+    assert min((second for first, second in errors if first < 1e-4), default=1) < 1e-4
 
 
 def test_centres_in_the_order_of_others_that_point_the_same_way():
@@ -204,14 +212,15 @@ def test_centres_in_the_order_of_others_that_point_the_same_way():
     shuffled = torch.randperm(20)
     scaled = meant * torch.linspace(0.1, 9, 20)[:, None] + 0.01 * torch.randn(20, D)
     assert torch.equal(model.ordered_like(meant, scaled[shuffled]), scaled)
-    tied = torch.eye(D)[:1].expand(4, -1)                   # all alike, or nothing at all: each once, all the same
+    tied = torch.eye(D)[:1].expand(4, -1)    # all alike, or nothing at all: each once, all the same
     for others in (tied, 0 * tied, torch.randn(4, D)):
         assert torch.equal(model.ordered_like(tied, others).sort(0).values, others.sort(0).values)
 
 
 @torch.no_grad()
 def test_a_symbol_points_the_same_way_at_every_place():
-    """Planted: four directions; the first symbol says which, the second which other one is there too."""
+    """Planted: four directions; the first symbol says which, the second which other is there
+    too."""
     axes = torch.eye(D)[:4]
     cls = (5 * axes[:, None] + axes).flatten(0, 1).repeat(5, 1) + 1e-4 * torch.randn(80, D)
     same = 0
@@ -220,7 +229,7 @@ def test_a_symbol_points_the_same_way_at_every_place():
         draft.fit(cls, cls)
         cosine = F.normalize(draft.centres, dim=2)
         same = max(same, (cosine[0] * cosine[1]).sum(1).min().item())
-    assert same > 0.5                                       # of pairs that do not belong together: below 0
+    assert same > 0.5                                # of pairs that do not belong together: below 0
 
 
 def test_neighbour_means_leave_a_picture_itself_out():
@@ -241,7 +250,8 @@ def test_a_prefix_does_not_know_what_follows():
 
 
 def test_space_whitens_what_augmentation_moves():
-    """Planted: pictures differ in all dimensions, views in the first half ten times as much as in the second."""
+    """Planted: pictures differ in all dimensions, views in the first half ten times as much as in
+    the second."""
     moves = torch.cat([torch.full((D // 2,), 1.0), torch.full((D // 2,), 0.1)])
     picture = 5 + 3 * torch.randn(4000, 1, D)
     cls = picture + moves * torch.randn(2, 4000, 1, D)
@@ -252,8 +262,10 @@ def test_space_whitens_what_augmentation_moves():
     within = (out[:4000, 0] - out[4000:, 0]).std(0)
     assert (within / within.mean() - 1).abs().max() < 0.1               # all directions move alike
     lasting = (out[:4000, 0] + out[4000:, 0]).std(0)
-    assert abs(lasting[D // 2:].mean() / lasting[:D // 2].mean() - 10) < 1      # and the quiet ones count
-    assert close(out[:, 0].mean(0), torch.zeros(D), 1e-4) and close(out[:, 0].square().mean(), torch.tensor(1.0))
+    # and the quiet ones count
+    assert abs(lasting[D // 2:].mean() / lasting[:D // 2].mean() - 10) < 1
+    assert close(out[:, 0].mean(0), torch.zeros(D), 1e-4)
+    assert close(out[:, 0].square().mean(), torch.tensor(1.0))
     assert close(out[:, 1:].mean((0, 1)), torch.zeros(D), 1e-4)
     assert close(out[:, 1:].std((0, 1)), torch.ones(D), 1e-3)
 
@@ -266,27 +278,31 @@ def test_neighbours_draw_together():
     y[:, 1] = classes // 2 * 2 - 1 + 0.1 * torch.randn(800)
     tokens = torch.cat([y[:, None], torch.zeros(800, N, D)], 1)
     after = student.draw_together(y, 20)
-    assert close(student.space(tokens)[:, 0], after, 1e-4)                      # later pictures go the same way
-    assert close(after.var(0, False).sum(), torch.tensor(float(D)), 0.01 * D)   # mean square 1 about the mean
+    assert close(student.space(tokens)[:, 0], after, 1e-4)          # later pictures go the same way
+    # mean square 1 about the mean
+    assert close(after.var(0, False).sum(), torch.tensor(float(D)), 0.01 * D)
 
-    def within(x):                                                              # share of the variance
+    def within(x):                                                          # share of the variance
         centres = torch.stack([x[classes == c].mean(0) for c in range(4)])
         return ((x - centres[classes]).square().sum() / (x - x.mean(0)).square().sum()).item()
     assert within(after) < 0.7 * within(y)
     near = torch.cdist(y, y).fill_diagonal_(math.inf).topk(20, largest=False).indices
     apart = after - after[near].mean(1)  # alike in all directions, but for the ridge
-    assert torch.linalg.cond(apart.T @ apart) < 0.2 * torch.linalg.cond((y - y[near].mean(1)).T @ (y - y[near].mean(1)))
+    before = y - y[near].mean(1)
+    assert torch.linalg.cond(apart.T @ apart) < 0.2 * torch.linalg.cond(before.T @ before)
 
 
 def test_projection_keeps_the_loudest_directions():
-    """Planted: pictures differ in three directions more than in the others, about a mean that is far away."""
+    """Planted: pictures differ in three directions more than in the others, about a mean that is
+    far away."""
     student, axes = make_student(), torch.linalg.qr(torch.randn(D, D)).Q
     loud = torch.cat([torch.tensor([3.0, 2.0, 1.0]), torch.full((D - 3,), 0.1)])
     mean, y = 4 * axes[-1], torch.randn(5000, D) * loud @ axes.T
     after = student.project(mean + y, 3)
-    assert close(student.space(torch.cat([(mean + y)[:, None], torch.zeros(5000, N, D)], 1))[:, 0], after, 1e-4)
+    tokens = torch.cat([(mean + y)[:, None], torch.zeros(5000, N, D)], 1)
+    assert close(student.space(tokens)[:, 0], after, 1e-4)
     kept = y @ axes[:, :3] @ axes[:, :3].T
-    kept = kept / kept.square().mean().sqrt()                                   # mean square 1 about the mean
+    kept = kept / kept.square().mean().sqrt()                   # mean square 1 about the mean
     assert torch.linalg.matrix_rank(student.whiten, rtol=1e-4) == 3
     assert (after - after.mean(0) - kept).square().mean() < 1e-3
 
@@ -311,14 +327,15 @@ def test_projector_is_the_cosine_to_each_prototype():
 
 
 def test_anchors_are_the_planted_clusters():
-    x = torch.tensor([[3.0, 0], [3.2, 0.2], [-2, 1], [-2, -1], [-2.3, 0]])      # from any two, Lloyd ends in these
+    # from any two, Lloyd ends in these
+    x = torch.tensor([[3.0, 0], [3.2, 0.2], [-2, 1], [-2, -1], [-2.3, 0]])
     anchors = model.Anchors(2, 2)
     anchors.fit(x)
     c = torch.stack([x[:2].mean(0), x[2:].mean(0)])
     c = c if close(anchors.centres[0], c[0]) else c.flip(0)             # in any order
     assert close(anchors.centres, c)
     assert close(anchors(x), x @ c.T / ((c[0] @ c[0] + c[1] @ c[1]) / 2))
-    own = anchors(x).max(1).values                                      # about 1 on average, as a cosine
+    own = anchors(x).max(1).values                              # about 1 on average, as a cosine
     assert close(own.mean(), torch.tensor(1.0), 0.1) and (anchors(x).min(1).values < 0).all()
 
 

@@ -100,11 +100,13 @@ def test_an_entry_tells_counts_positions_meaning_and_companions():
 
 
 def test_a_symbol_is_explained_where_it_tells_most():
-    """Symbol 1 is said in 12 images at place 1, whatever they are, in the 4 of class 0 at place 2."""
+    """Symbol 1 is said in 12 images at place 1, whatever they are, in the 4 of class 0 at place
+    2."""
     labels = torch.tensor([0] * 4 + [1] * 20)
     ids = torch.stack([torch.arange(24) % 2, (labels == 0).long(), torch.full((24,), 2)], 1)
     assert page.telling_place(ids, 1, {"class": (labels, ["few", "many"])}) == 1
-    assert page.telling_place(ids, 1, {"class": (labels * 0 - 1, ["few", "many"])}) == 0    # nothing is known
+    unknown = {"class": (labels * 0 - 1, ["few", "many"])}
+    assert page.telling_place(ids, 1, unknown) == 0
     assert page.telling_place(ids, 1, {}) == 0 and page.telling_place(ids, 2, {}) == 2
 
 

@@ -21,7 +21,8 @@ NETWORKS = {"patch embedding": ["--stem", "--centering", "centre"],
 @pytest.fixture(autouse=True)
 def pictures(monkeypatch):
     """6100 of 8 x 8 pixels, from which a run takes 6000 away for its k-NN."""
-    some = data.ImageSet(torch.randint(256, (6100, 3, 8, 8), dtype=torch.uint8), torch.arange(6100) % 3, list("abc"))
+    some = data.ImageSet(torch.randint(256, (6100, 3, 8, 8), dtype=torch.uint8),
+                         torch.arange(6100) % 3, list("abc"))
 
     def load(name, split, size, limit, seed):
         assert split == "train" and size == 8           # the test part plays no part in training
@@ -36,7 +37,8 @@ def parse(out, *flags):
 
 def records(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s", "gemm_fraction")} for r in lines]
+    speed = "seconds", "images_per_s", "gemm_fraction"
+    return [{k: v for k, v in r.items() if k not in speed} for r in lines]
 
 
 def leaves(tree, name=""):
@@ -44,12 +46,14 @@ def leaves(tree, name=""):
     if not isinstance(tree, (dict, list)):
         return {name: tree}
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {path: leaf for key, part in pairs for path, leaf in leaves(part, f"{name}/{key}").items()}
+    return {path: leaf for key, part in pairs
+            for path, leaf in leaves(part, f"{name}/{key}").items()}
 
 
 def test_one_step_by_hand(tmp_path, pictures, monkeypatch):
     """Both views through both networks one by one; without BatchNorm, which would couple them."""
-    args = parse(tmp_path, "--stem", "--no-batch-norm", "--centering", "centre", "--momentum", "0.9")
+    args = parse(tmp_path, "--stem", "--no-batch-norm", "--centering", "centre",
+                 "--momentum", "0.9")
     trainer, views = pretrain.Pretrainer(args, pictures), torch.randn(2, 20, 3, 8, 8)
     monkeypatch.setattr(trainer, "augment", lambda *_: views)
     for p in trainer.teacher.parameters():              # else it would still be its student
@@ -75,7 +79,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypa
     original = pretrain.Pretrainer.train_step
 
     def stepping(self):
-        if self.step == 6:                              # in the second epoch, after the file of step 4
+        if self.step == 6:                      # in the second epoch, after the file of step 4
             raise KeyboardInterrupt
         return original(self)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -107,7 +111,7 @@ def test_a_run_stops_where_it_is_told_and_goes_on(tmp_path, pictures):
     assert records(parts)[-1]["step"] == results["step"] == 6
     assert (results["gallery"], results["queries"]) == (100, 6000)
     assert results["knn_top1"].keys() == {"10", "20", "100", "200"}
-    assert all(20 < top1 < 47 for top1 in results["knn_top1"].values())         # noise in three classes
+    assert all(20 < top1 < 47 for top1 in results["knn_top1"].values())     # noise in three classes
     pretrain.run(parse(parts, "--stem", "--resume"))
     assert [r["step"] for r in records(parts)] == [4, 6, 8, STEPS]
     assert records(parts)[-1] == records(whole)[-1]
@@ -118,7 +122,7 @@ def test_speed_in_the_log_is_a_share_of_the_machine_s(tmp_path, monkeypatch):
     """A patch embedding of 2 x 2 patches of 4 x 4 pixels, by hand; the machine does 1 GFLOP/s."""
     monkeypatch.setattr(pretrain, "product_seconds", lambda *_: (2.0, 2e9))
     pretrain.run(parse(tmp_path, "--stem", "--no-batch-norm"))
-    record = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     tokens, width = 5, 64
     block = 2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width
     embedding = 2 * 4 * 3 * 16 * width
@@ -126,7 +130,8 @@ def test_speed_in_the_log_is_a_share_of_the_machine_s(tmp_path, monkeypatch):
     # teacher; student forward; student backward: twice that, but nothing goes into the pictures
     flops = 2 * (4 * (block + embedding + head) - embedding)                    # of two views
     assert record["gflop_per_image"] == pytest.approx(flops / 1e9, abs=1e-4)
-    assert record["gemm_fraction"] == pytest.approx(record["images_per_s"] * flops / 1e9, abs=1e-3, rel=0.1)
+    expected = record["images_per_s"] * flops / 1e9
+    assert record["gemm_fraction"] == pytest.approx(expected, abs=1e-3, rel=0.1)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -142,19 +147,23 @@ def test_the_file_is_the_ema_teacher(tmp_path, network):
     trainer = pretrain.Pretrainer(args, data.load("", "train", 8, None, 0))
     trainer.load(state)
     with torch.no_grad():
-        teacher, student = (net["backbone"].eval()(x)[:, 0] for net in (trainer.teacher, trainer.student))
+        teacher, student = (net["backbone"].eval()(x)[:, 0]
+                            for net in (trainer.teacher, trainer.student))
     error = (loaded(x)[:, 0] - teacher).abs().max()
-    assert error < 0.01 < 0.1 < (student - teacher).abs().max()       # CLS leaves a LayerNorm: of size 1
+    # CLS leaves a LayerNorm: of size 1
+    assert error < 0.01 < 0.1 < (student - teacher).abs().max()
     assert teacher.std(0).mean() > 0.01                               # and tells pictures apart
 
 
 def test_a_stem_halves_the_picture_where_its_channels_change():
-    strides = [layer[0].stride[0] for layer in model.small_vit(8, 4, 64, 1, 1, (4, 4, 8, 8)).vit.conv_proj if len(list(layer.children()))]
+    stem = model.small_vit(8, 4, 64, 1, 1, (4, 4, 8, 8)).vit.conv_proj
+    strides = [layer[0].stride[0] for layer in stem if len(list(layer.children()))]
     assert strides == [2, 1, 2, 1]
     with pytest.raises(ValueError, match="makes patches of 8 pixels, not 4"):
         model.small_vit(8, 4, 64, 1, 1, (4, 8, 16))
 
 
 def test_too_few_pictures_are_one_clear_line(tmp_path):
-    with pytest.raises(ValueError, match="^--batch-size 101 is more than the 100 pictures.*6000 are held out"):
+    words = "^--batch-size 101 is more than the 100 pictures.*6000 are held out"
+    with pytest.raises(ValueError, match=words):
         pretrain.run(pretrain.parse([*TINY, "--batch-size", "101", "--out", str(tmp_path)]))

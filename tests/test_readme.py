@@ -20,10 +20,11 @@ def test_the_worked_discretizer_is_short_and_runs():
     assert len(code.strip().splitlines()) < 20
     names = dict(vars(discretize), DISCRETIZERS=dict(discretize.DISCRETIZERS))
     exec(code, names)
-    disc = names["DISCRETIZERS"]["dropped"](16, 10, Namespace(tau=0.12, tau_start=None, straight_through=False))
+    flags = Namespace(tau=0.12, tau_start=None, straight_through=False)
+    disc = names["DISCRETIZERS"]["dropped"](16, 10, flags)
     torch.manual_seed(0)
     out = disc(torch.randn(500, 16))
-    hidden = out.weights.max(0).values < 1e-6                                   # the same symbols for the whole batch
+    hidden = out.weights.max(0).values < 1e-6               # the same symbols for the whole batch
     assert 0 < hidden.sum() < 10
     assert torch.allclose(out.weights.sum(1), torch.ones(500))
     assert disc.eval()(torch.randn(5, 16), hard=True).weights.sum(1).tolist() == [1] * 5
@@ -45,18 +46,23 @@ def test_the_tables_say_what_the_files_say():
 
 
 def test_a_row_by_hand():
-    """vq with 8 symbols over its seeds: mean and deviation, from the files, without the code of the table."""
-    kept = [json.loads(path.read_text())["retention"]["8"] for path in (ROOT / "results").glob("shapes-vq-128-s*/results.json")]
-    cells = next(line for line in README.splitlines() if line.startswith("| shapes-vq-128 |")).split("|")
+    """vq with 8 symbols over its seeds: mean and deviation, from the files, without the code of the
+    table."""
+    paths = (ROOT / "results").glob("shapes-vq-128-s*/results.json")
+    kept = [json.loads(path.read_text())["retention"]["8"] for path in paths]
+    row = next(line for line in README.splitlines() if line.startswith("| shapes-vq-128 |"))
+    cells = row.split("|")
     assert cells[2].strip() == str(len(kept))
-    assert cells[6].strip() == f"{statistics.mean(kept):.3f}" + (f" ± {statistics.stdev(kept):.3f}" if len(kept) > 1 else "")
+    assert cells[6].strip() == f"{statistics.mean(kept):.3f} ± {statistics.stdev(kept):.3f}"
 
 
 def test_every_experiment_is_a_command_that_is_accepted_and_no_two_are_the_same():
     commands = [command.split(" ", 2) for command in experiments.EXPERIMENTS.values()]
-    parsers = {"extras.vqvae": vqvae.parse, "extras.baselines": baselines.parse, "extras.pretrain": pretrain.parse}
+    parsers = {"extras.vqvae": vqvae.parse, "extras.baselines": baselines.parse,
+               "extras.pretrain": pretrain.parse}
     others = [(c[1], parsers[c[1]](c[2].split())) for c in commands if c[0] == "-m"]
-    runs = [("train.py", train.parse(" ".join(c[1:]).split())) for c in commands if c[0] == "train.py"]
+    runs = [("train.py", train.parse(" ".join(c[1:]).split()))
+            for c in commands if c[0] == "train.py"]
     assert all(train.check(args) is None for _, args in runs)
     settings = {script + json.dumps(train.config_of(args)) for script, args in runs + others}
     assert len(settings) == len(commands) == len(runs + others)

@@ -20,7 +20,7 @@ def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairi
     trainer = tiny_trainer("--disc", "vq", "--views", "3", "--lam", "0.5", "--explore", "combined",
                            "--pairing", pairing, "--student-temp", "0.1", "--neighbours", "0")
     args, student, images = trainer.args, trainer.student, trainer.images[:5]
-    for norm in student.descriptor.norms.eval():                    # in training they would couple views
+    for norm in student.descriptor.norms.eval():               # in training they would couple views
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
     views = torch.randn(3, 5, 3, 8, 8)
@@ -61,7 +61,7 @@ def test_the_loss_equals_views_taken_one_by_one(tiny_trainer, monkeypatch, pairi
 
 def test_one_step_moves_the_student_and_nothing_else(tiny_trainer):
     trainer = tiny_trainer("--prototype-source", "ema", "--ema", "0.9", "--epochs", "1")
-    trainer.student.interpreter.out.weight.data.normal_()               # from 0, nothing behind it would move
+    trainer.student.interpreter.out.weight.data.normal_()   # from 0, nothing behind it would move
     before = {name: {k: v.clone() for k, v in getattr(trainer, name).state_dict().items()}
               for name in ("teacher", "student", "head")}
     trainer.step(trainer.images[:16], 0)

@@ -251,9 +251,11 @@ def test_unknown_and_incomplete_teachers(tmp_path):
 def test_the_shipped_teacher_knows_shapes_better_than_pixels_do():
     teacher = model.build_teacher("shapes")
     assert (teacher.width, teacher.patch, teacher.image_size) == (128, 4, 32)
-    train_set, test_set = (data.load("shapes", split, 32, n) for split, n in (("train", 500), ("test", 250)))
+    train_set, test_set = (data.load("shapes", split, 32, n)
+                           for split, n in (("train", 500), ("test", 250)))
     cls, pixels = (
-        evaluate.knn_accuracy(see(train_set.images), train_set.labels, see(test_set.images), test_set.labels, 20)[0]
+        evaluate.knn_accuracy(see(train_set.images), train_set.labels, see(test_set.images),
+                              test_set.labels, 20)[0]
         for see in (lambda x: teacher(data.normalize(x))[:, 0], lambda x: x.flatten(1).float()))
     assert cls > pixels + 10 and cls > 50                   # % of ten shapes
 

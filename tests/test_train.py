@@ -257,6 +257,7 @@ def test_a_name_that_nobody_chose_gives_way_to_the_next(tmp_path, monkeypatch):
     for _ in range(3):
         outs.append(train.open_run(train.parse(["--data", "folder:a/b"]))[0])
         (outs[-1] / "ckpt.pt").touch()
-    assert [out.as_posix() for out in outs] == [f"runs/folder-a-b-softmax-128-s0{end}" for end in ("", "-2", "-3")]
+    names = [f"runs/folder-a-b-softmax-128-s0{end}" for end in ("", "-2", "-3")]
+    assert [out.as_posix() for out in outs] == names
     again = train.open_run(train.parse(["--data", "folder:a/b", "--overwrite"]))[0]
     assert again == outs[0]
