@@ -338,7 +338,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=half)
         self.epoch, self.seconds = 0, 0.0           # that are done
         self.at, self.spent = 0, 0.0                # steps and seconds of the present one,
-        self.sums = {}                              # sums of figures since the last line of log
+        self.sums = {}                              # over steps since the last line of log
         self.steps_per_epoch = len(images) // args.batch_size
         if not self.steps_per_epoch:
             raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} "
@@ -408,12 +408,11 @@ class Trainer:
                               losses.cosine(args.ema, 1.0, step / steps))
         return dict(zip(log, distributed.mean(torch.stack(logs).mean(0))))
 
-    def part(self):
-        """The steps of an epoch, first and end, between two lines of the log: where we are now."""
+    def next_line(self):
+        """The step of this epoch after which the log has its next line."""
         steps, every = self.steps_per_epoch, self.args.knn_every
         parts = min(steps, max(1, round(1 / every))) if every else 1
-        ends = [steps * i // parts for i in range(parts + 1)]
-        return max(n for n in ends if n <= self.at), min(n for n in ends if n > self.at)
+        return min(n for i in range(parts) if (n := steps * (i + 1) // parts) > self.at)
 
     def train_part(self, keeper=None):
         """Goes on to the next line of the log, at most to the epoch's end, through the pictures in
@@ -422,34 +421,35 @@ class Trainer:
         args, steps, start = self.args, self.steps_per_epoch, time.time() - self.spent
         generator = torch.Generator().manual_seed(args.seed + self.epoch)
         order = torch.randperm(len(self.images), generator=generator)
-        begin, end = self.part()
+        end = self.next_line()
         self.student.train()
         while self.at < end:
             batch = order[self.at * args.batch_size:(self.at + 1) * args.batch_size]
             log = self.step(self.fetch(batch), self.epoch * steps + self.at)
+            log["steps"] = torch.ones(())
             self.sums = {name: self.sums.get(name, 0) + value for name, value in log.items()}
             self.at, self.spent = self.at + 1, time.time() - start
             save = keeper and self.at < end and keeper.due()    # the last: with its line of log
             if save or self.at % 20 == 0 or self.at == end:     # rarely: .item() waits for a GPU
-                self.report(begin)
+                self.report()
             if save:
                 keeper.save(self.state())
+        count = self.sums.pop("steps")
         record = {"epoch": self.epoch + end / steps, "step": self.epoch * steps + end,
                   "seconds": round(self.seconds + self.spent, 2),
                   "images_per_s": round(end * args.batch_size / self.spent, 1),
                   "lr": self.optimizer.param_groups[0]["lr"], "tau": self.student.disc.tau,
                   "teacher_entropy_max": math.log(args.prototypes),
-                  **{name: (value / (end - begin)).item() for name, value in self.sums.items()}}
+                  **{name: (value / count).item() for name, value in self.sums.items()}}
         self.sums = {}
         if end == steps:
             self.epoch, self.seconds = self.epoch + 1, self.seconds + self.spent
             self.at, self.spent = 0, 0.0
         return record
 
-    def report(self, begin):
-        """The progress line, loss since step `begin`; stops the run when the loss or a weight is no
-        number any more."""
-        args, loss = self.args, self.sums["loss"].item() / (self.at - begin)
+    def report(self):
+        """The progress line; stops the run when the loss or a weight is no number any more."""
+        args, loss = self.args, (self.sums["loss"] / self.sums["steps"]).item()
         finite = all(p.isfinite().all() for p in self.student.parameters())
         if not (finite and math.isfinite(loss)):
             saved = checkpoint.exists(args.out / "ckpt.pt")

@@ -2,6 +2,8 @@
 cannot go on. (The parts of a run: test_step.py.)"""
 import json
 import math
+import os
+import signal
 import sys
 
 import pytest
@@ -129,6 +131,23 @@ def test_lines_of_the_log_within_an_epoch(tiny, tmp_path):
         assert c["knn_prefix"] == r["knn_prefix"] and c["perplexity"] == r["perplexity"]
     states = [torch.load(out / "ckpt.pt")["student"] for out, _ in (whole, parts)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_resumed_run_may_write_other_lines(tiny, tmp_path, monkeypatch):
+    """Stopped after 3 steps of 4, a line after 2: the next line, at the end, is of 2 steps."""
+    original = train.Trainer.step
+
+    def step(self, images, at):
+        if at == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, images, at)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.Trainer, "step", step)
+        train.run(train.parse(tiny("--epochs", "1", "--knn-every", "0.5")))
+    train.run(train.parse(tiny("--epochs", "1", "--knn-every", "0", "--resume")))
+    train.run(train.parse(tiny("--epochs", "1", "--out", str(tmp_path / "straight"))))
+    (first, second), (whole,) = records(tmp_path / "run"), records(tmp_path / "straight")
+    assert (first["loss"] + second["loss"]) / 2 == pytest.approx(whole["loss"])
 
 
 def test_the_test_part_plays_no_part_in_training(tiny, monkeypatch):
