@@ -391,10 +391,16 @@ class Draft(nn.Module):
     gist_t is the CLS as the descriptor imagines it when it says symbol t: it sees the patches
     alone, and learns to tell the CLS from them (losses.regression_loss). So a symbol is about
     what those before it left unsaid, and the language is residual k-means (`fit`) as far as
-    patches tell the CLS."""
+    patches tell the CLS.
 
-    def __init__(self, width, length, vocab):
+    With axes > 0 what the first symbol leaves is told in axes of its own: pictures that differ
+    from their kind do so in other directions in each kind. The same bits tell more, and later
+    symbols mean nothing without the first."""
+
+    def __init__(self, width, length, vocab, axes=0):
         super().__init__()
+        self.register_buffer("basis", torch.zeros(width, axes))     # the directions of the space
+        self.register_buffer("axes", torch.zeros(vocab, axes, axes))    # of each first symbol
         # c_tk; fixed: learning on augmented views would move them away from pictures as they are
         self.register_buffer("centres", torch.randn(length, vocab, width))
         self.register_buffer("unit", torch.ones(length))
@@ -402,36 +408,67 @@ class Draft(nn.Module):
         self.show = nn.Linear(width, width)
 
     @torch.no_grad()
-    def fit(self, cls, near):
+    def fit(self, cls, near, local=0):
         """Residual k-means of CLS in the student's space, (n, d). The first symbols are centres of
         pictures half on their way to what is near them, (n, d): of kinds, more than of single
         pictures. A unit is one deviation of the squared distances: bids have deviation 1 at every
         place, however little is left. A symbol points the same way at all places, as far as
-        possible: so it is one word, and not T words."""
-        meant = 0
+        possible: so it is one word, and not T words. local: pictures that a first symbol's axes
+        are fitted to."""
+        meant, left = 0, cls
         for t, centres in enumerate(self.centres):
-            fitted = discretize.kmeans(cls if t else (cls + near) / 2, len(centres), 25)
+            fitted = discretize.kmeans(left if t else (cls + near) / 2, len(centres), 25)
             centres.copy_(ordered_like(meant, fitted) if t else fitted)
             meant = meant + F.normalize(centres, dim=1)
-            distance = torch.cdist(cls, centres)                                # (n, K)
+            distance = torch.cdist(left, centres)                               # (n, K)
             self.unit[t] = distance.square().std()
-            cls = cls - centres[distance.argmin(1)]
+            symbols = distance.argmin(1)
+            left = left - centres[symbols]
+            if t == 0 and self.axes.numel():
+                self.fit_axes(cls, left, local)
+                left = self.turn(left, symbols)
         self.unit.clamp_(min=0.001 * self.unit[0].item() + 1e-6)    # few pictures leave nothing
 
-    def bids(self, left, t):
-        """left (B, d) to be said -> (B, K), up to what is the same for all symbols."""
-        centres = self.centres[t]
+    def fit_axes(self, cls, left, local):
+        """Each first symbol's axes: principal ones of what is left (n, d) of so many pictures (n,
+        d), those nearest to its centre, so that one code book serves all. Each axis points to
+        where it is skewed: its two signs are not the same to a code book."""
+        count = self.basis.shape[1]
+        self.basis.copy_(torch.linalg.eigh(torch.cov(cls.T)).eigenvectors[:, -count:])
+        left = left @ self.basis
+        for centre, axes in zip(self.centres[0], self.axes):
+            nearest = (cls - centre).square().sum(1).topk(min(local, len(cls)), largest=False)
+            x = left[nearest.indices]
+            principal = torch.linalg.eigh(x.T @ x).eigenvectors                 # loudest: last
+            axes.copy_(principal * torch.where((x @ principal).pow(3).sum(0) < 0, -1, 1))
+
+    def turn(self, x, first, back=False):
+        """x (B, d) or (B, L, d) -> the same in the axes of the first symbols (B,), or back."""
+        if not self.axes.numel():
+            return x
+        axes = self.axes[first]                                                 # (B, r, r)
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.float().reshape(len(x), -1, x.shape[-1]) @ self.basis         # (B, L, r)
+            return (y @ (axes.mT if back else axes) @ self.basis.T).view_as(x)
+
+    def bids(self, left, t, first):
+        """left (B, d) to be said at place t, after the symbols (B,) at place 0 -> (B, K), up to
+        what is the same for all symbols."""
+        centres, left = self.centres[t], self.turn(left, first) if t else left
         with torch.autocast(left.device.type, enabled=False):
             return (2 * left.float() @ centres.T - centres.square().sum(1)) / self.unit[t]
 
-    def word(self, weights, t):
-        """What symbol t, (B, K), adds."""
+    def word(self, weights, t, first):
+        """What the symbol at place t, (B, K), adds after the symbols (B,) at place 0."""
         with torch.autocast(weights.device.type, enabled=False):
-            return weights.float() @ self.centres[t]
+            added = weights.float() @ self.centres[t]
+        return self.turn(added, first, back=True) if t else added
 
     def forward(self, symbols):
         """(B, T) int64 -> (B, T, d), the draft after each symbol."""
-        return self.centres[torch.arange(symbols.shape[1]), symbols].cumsum(1)
+        words = self.centres[torch.arange(symbols.shape[1]), symbols]
+        later = self.turn(words[:, 1:], symbols[:, 0], back=True)
+        return torch.cat([words[:, :1], later], 1).cumsum(1)
 
 
 class Descriptor(nn.Module):
@@ -471,11 +508,11 @@ class Descriptor(nn.Module):
             h = self.norms[t](x[:, 0].float())
             if draft is not None:
                 gist = draft.gist(h)
-                bids = draft.bids(gist - read, t)
+                bids = draft.bids(gist - read, t, said[0].ids if t else None)
             said.append(disc(h, hard, bids))
             embedding = said[-1].embedding
             if draft is not None:
-                read = read + draft.word(said[-1].weights, t)
+                read = read + draft.word(said[-1].weights, t, said[0].ids)
             gists.append(gist)
             drafts.append(read)
             looked.append(weights.float().mean(1) if attention else None)   # of the deepest layer
@@ -544,7 +581,7 @@ class Student(nn.Module):
     and deviation 1 in each dimension."""
 
     def __init__(self, width, disc, projector, length=8, descriptor=(6, 8), interpreter=(12, 6),
-                 draft=True):
+                 draft=True, axes=0):
         """descriptor, interpreter: (depth, heads). Raises ValueError for sizes that do not fit."""
         super().__init__()
         if length < 1 or length & (length - 1):
@@ -565,7 +602,7 @@ class Student(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.draft = Draft(width, length, disc.vocab) if draft else None
+        self.draft = Draft(width, length, disc.vocab, axes) if draft else None
         if draft:
             nn.init.zeros_(self.interpreter.out.weight)     # it corrects the draft: silent at first
         self.disc, self.projector = disc, projector
@@ -665,7 +702,8 @@ def build_student(config, width):
     disc = discretize.build(args.disc, width, args.vocab, args)
     student = Student(width, disc, projector, args.length,
                       (args.descriptor_depth, args.descriptor_heads),
-                      (args.interpreter_depth, args.interpreter_heads), args.draft)
+                      (args.interpreter_depth, args.interpreter_heads), args.draft,
+                      min(args.directions, width) if args.local_axes else 0)
     return student, head
 
 

@@ -87,6 +87,10 @@ def network_flags(add):
     add("--draft", action=argparse.BooleanOptionalAction, default=True,
         help="symbols start as residual k-means of the CLS, which the descriptor must tell from "
              "the patches; the paper: no")
+    add("--local-axes", type=int, default=0,
+        help="what the first symbol leaves is told in the principal axes of so many pictures "
+             "nearest to its centre: more per bit (1000), but later symbols mean nothing without "
+             "the first; 0: in the same axes after all")
     add("--prototypes", type=int, default=1024,
         help="P, outputs of the projector; more for more varied data")
     add("--hidden", type=int, default=512,
@@ -105,6 +109,9 @@ def loss_flags(add):
     add("--neighbours", type=int, default=50,
         help="the student's space is whitened by what tells pictures from so many nearest ones (at "
              "most a tenth of all); 0: off, the paper")
+    add("--mirror", action=argparse.BooleanOptionalAction, default=False,
+        help="space and k-means see the mirror image of each picture too: twice as many for the "
+             "same teacher, where a mirror image could be a picture of the data")
     add("--rounds", type=int, default=3,
         help="how often, with neighbours in the space of the round before; 1 where the nearest are "
              "often of another kind")
@@ -190,13 +197,15 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not value > 0:         # None: all images; nan is not above, either
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    for name in ("neighbours", "directions", "save_minutes", "knn_every"):
+    for name in ("neighbours", "directions", "local_axes", "save_minutes", "knn_every"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0, and is "
                              f"{getattr(args, name)}")
     if args.draft and not args.regression:
         raise ValueError("--draft learns what to say by --regression; set it above 0, or add "
                          "--no-draft")
+    if args.local_axes and not (args.draft and args.directions):
+        raise ValueError("--local-axes needs --draft, and --directions to be axes of")
     distributed.check_batch(args.batch_size, args.accumulate)
     if args.cache_views and args.cache_views < args.views:
         raise ValueError(f"--cache-views {args.cache_views} are too few for --views {args.views}")
@@ -220,8 +229,8 @@ def split_held_out(pictures, seed):
 
 @torch.no_grad()
 def fit_teacher_statistics(teacher, student, head, pictures, args):
-    """The student's space, from two views of 4000 pictures and the neighbours of up to 20 000, and
-    k-means of these."""
+    """The student's space, from two views of 4000 pictures and the neighbours of up to 20 000 (and
+    of their mirror images), and k-means of these."""
     augment, size = data.augmentation(args.data, args.image_size), args.image_size
 
     def encode(x):
@@ -238,7 +247,8 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
     anchored, draft = isinstance(head, model.Anchors), student.draft
     if anchored or draft or args.neighbours or args.directions:     # the paper needs none of it
         y = torch.cat([student.space(encode(data.normalize(x, size))[:, :1])[:, 0]
-                       for x in batches(20000)])
+                       for part in batches(20000)
+                       for x in (part, *[part.flip(3)] * args.mirror)])
         neighbours = min(args.neighbours, len(y) // 10)
         for _ in range(args.rounds if neighbours else 0):
             y = student.draw_together(y, neighbours)
@@ -247,7 +257,8 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
         if anchored:
             head.fit(y)
         if draft:
-            draft.fit(y, model.neighbour_means(y, neighbours) if neighbours else y)
+            draft.fit(y, model.neighbour_means(y, neighbours) if neighbours else y,
+                      args.local_axes)
 
 
 def free_memory():

@@ -93,9 +93,11 @@ def plain_describe(student, tokens):
             x = plain_block(block, x, tokens)
         h = descriptor.norms[t](x[:, -1].float())
         gist = gist if draft is None else draft.gist(h)
-        said.append(student.disc(h, bids=None if draft is None else draft.bids(gist - read, t)))
+        first = said[0].ids if t else None
+        bids = None if draft is None else draft.bids(gist - read, t, first)
+        said.append(student.disc(h, bids=bids))
         embedding = said[-1].embedding
-        read = read if draft is None else read + draft.word(said[-1].weights, t)
+        read = read if draft is None else read + draft.word(said[-1].weights, t, said[0].ids)
         gists.append(gist)
         drafts.append(read)
     ids, weights, embeddings, logits = (torch.stack([getattr(s, name) for s in said], 1)

@@ -42,6 +42,8 @@ SIZES, STRATEGIES = (128, 256, 512), ("entropy", "info", "combined")
 BASE = {"softmax-128": "train.py --disc softmax --vocab 128"}
 DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"
          for vocab in SIZES for disc in ("softmax", "gumbel", "vq")}
+# Symbols that tell more, and mean nothing without the first (--local-axes)
+LOCAL = {f"{name}-local": f"{command} --local-axes 2000 --mirror" for name, command in DISCS.items()}
 EXPLORE = BASE | {f"softmax-128-{name}": f"train.py --explore {name}" for name in STRATEGIES}
 VOCABULARIES = {f"softmax-{vocab}": f"train.py --disc softmax --vocab {vocab}"
                 for vocab in (512, 256, 128, 64, 32, 16)}
@@ -53,6 +55,7 @@ TABLES = {
     | {f"vqvae-{vocab}": f"-m extras.vqvae --overwrite --vocab {vocab}" for vocab in SIZES}
     | {f"kmeans-{vocab}{tail}": f"-m extras.baselines --vocab {vocab}{space}" for vocab in SIZES
        for tail, space in (("", ""), ("-space", " --space"))},
+    "local axes": LOCAL,
     "vocabulary": VOCABULARIES
     | {f"kmeans-{vocab}": f"-m extras.baselines --vocab {vocab}" for vocab in (64, 32, 16)},
     "exploration (Table 2)": EXPLORE,
@@ -235,8 +238,8 @@ def against_kmeans(found):
                 yield (n, key), statistics.mean(values)
 
     count, behind = 0, []
-    for name in filter(found.__contains__, DISCS | VOCABULARIES):
-        theirs = dict(means(f"kmeans-{name.rpartition('-')[2]}"))
+    for name in filter(found.__contains__, DISCS | VOCABULARIES | LOCAL):
+        theirs = dict(means(f"kmeans-{found[name][0]['vocab']}"))
         for (n, key), ours in means(name):
             if (n, key) in theirs:
                 count += 1

@@ -36,8 +36,9 @@ def loss_and_gradients(trainer, patches, monkeypatch, views):
 @pytest.mark.parametrize("flags", [
     ("--disc", "softmax"), ("--disc", "softmax", "--no-straight-through", "--tau", "0.5"),
     ("--disc", "gumbel"), ("--disc", "vq", "--vq-update", "gradient", "--explore", "combined"),
-    ("--no-draft", "--regression", "0", "--prototype-source", "ema")],
-    ids=["softmax", "soft", "gumbel", "vq", "paper"])
+    ("--no-draft", "--regression", "0", "--prototype-source", "ema"),
+    ("--local-axes", "20", "--directions", "9")],
+    ids=["softmax", "soft", "gumbel", "vq", "paper", "local axes"])
 def test_plain_and_fast_agree_in_loss_and_gradients(tiny_trainer, monkeypatch, flags):
     trainer = tiny_trainer("--descriptor-depth", "2", "--interpreter-depth", "2", *flags)
     for name, p in trainer.student.named_parameters():                          # no bias stays 0

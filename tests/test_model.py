@@ -44,12 +44,13 @@ def read(blocks, x, tokens=None, mask=None):
     return x, looked
 
 
-def make_student(disc="softmax", draft=True, **flags):
+def make_student(disc="softmax", draft=True, axes=0, **flags):
     parser = argparse.ArgumentParser()
     discretize.add_flags(parser)
     args = argparse.Namespace(**vars(parser.parse_args([])) | flags, draft=draft)
     disc, head = discretize.build(disc, D, K, args), model.DINOHead(D, 10, 16, 8)
-    student = model.Student(D, disc, head, T, descriptor=(2, 4), interpreter=(3, 2), draft=draft)
+    student = model.Student(D, disc, head, T, descriptor=(2, 4), interpreter=(3, 2), draft=draft,
+                            axes=axes)
     for name, p in student.named_parameters():                                  # no bias stays 0
         if p.ndim == 1 or "position" in name:
             p.data.add_(0.3 * torch.randn_like(p))
@@ -57,6 +58,8 @@ def make_student(disc="softmax", draft=True, **flags):
         student.draft.gist.weight.data.normal_(std=0.1)
         student.interpreter.out.weight.data.normal_()
         student.draft.unit.uniform_(20, 60)
+        student.draft.basis.copy_(torch.linalg.qr(torch.randn(D, D))[0][:, :axes])
+        student.draft.axes.copy_(torch.linalg.qr(torch.randn(K, axes, axes))[0])
     for norm in student.descriptor.norms:
         norm.running_mean.normal_(std=0.5)
         norm.running_var.uniform_(0.5, 2)
@@ -94,9 +97,10 @@ def test_what_is_said_changes_only_what_comes_later(position):
 
 @torch.no_grad()
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("hard, draft", [(False, False), (False, True), (True, True)])
-def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, draft, training):
-    student = make_student(draft=draft, tau=0.5, straight_through=False)
+@pytest.mark.parametrize("hard, draft, axes", [(False, False, 0), (False, True, 0),
+                                               (True, True, 0), (False, True, 3), (True, True, D)])
+def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, draft, axes, training):
+    student = make_student(draft=draft, axes=axes, tau=0.5, straight_through=False)
     tokens = torch.randn(B, N + 1, D)
     tokens = tokens + torch.randn(D)                                 # so that the space matters
     student.fit_space(tokens[:, 0] + 0.1 * torch.randn(2, B, D), tokens[:, 1:])
@@ -110,7 +114,7 @@ def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, draft, t
     said = student.train(training).describe(tokens, hard, attention=True)
     gist = torch.zeros(B, D)
     unit, centres = (student.draft.unit, student.draft.centres) if draft else (None, None)
-    read_so_far, bids = torch.zeros(B, D), None
+    read_so_far, bids, turns = torch.zeros(B, D), None, torch.eye(D).expand(B, D, D)
     if draft:
         z_t = z_t[:, 1:]                                    # it must not see the CLS
     else:
@@ -124,8 +128,9 @@ def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, draft, t
         h = normalise(x[:, -1], t)
         if draft:
             gist = student.draft.gist(h)
-            square = torch.cdist(gist - read_so_far, centres[t]).square()
-            bids = (gist - read_so_far).square().sum(-1, keepdim=True) / unit[t] - square / unit[t]
+            left = torch.einsum("bd,bde->be", gist - read_so_far, turns)
+            square = torch.cdist(left, centres[t]).square()
+            bids = left.square().sum(-1, keepdim=True) / unit[t] - square / unit[t]
         choice = student.disc(h, hard, bids)
         assert close(said.logits[:, t], choice.logits, 1e-3)
         assert torch.equal(said.ids[:, t], choice.ids)
@@ -135,7 +140,11 @@ def test_descriptor_equals_rereading_every_prefix_without_a_cache(hard, draft, t
         assert close(said.attention[:, t], patches / patches.sum(-1, keepdim=True))
         symbol = choice.embedding[:, None]
         if draft:
-            read_so_far = read_so_far + choice.weights @ centres[t]
+            word = choice.weights @ centres[t]
+            read_so_far = read_so_far + torch.einsum("be,bde->bd", word, turns)
+            if t == 0 and axes:                 # the first symbol's axes, back in the space
+                basis = student.draft.basis
+                turns = basis @ student.draft.axes[choice.ids] @ basis.T
         assert close(said.gists[:, t], gist, 1e-3) and close(said.drafts[:, t], read_so_far, 1e-3)
     assert said.attention.shape == (B, T, N) and close(said.attention.sum(-1), torch.ones(B, T))
     if not draft:
@@ -181,11 +190,11 @@ def test_the_draft_starts_as_residual_k_means():
         draft.fit(cls, cls)
         left, symbols = cls, []
         for t in range(2):
-            symbols.append(draft.bids(left, t).argmax(1))
+            symbols.append(draft.bids(left, t, None).argmax(1))
             left = left - draft.centres[t][symbols[-1]]
         read = draft(torch.stack(symbols, 1))               # (80, 2, d)
         assert close(read[:, 1], cls - left)
-        assert close(read[:, 0], draft.word(torch.eye(4)[symbols[0]], 0))
+        assert close(read[:, 0], draft.word(torch.eye(4)[symbols[0]], 0, None))
         best = min(best, left.abs().max().item())
         assert abs(torch.cdist(cls, draft.centres[0]).square().std() / draft.unit[0] - 1) < 1e-3
     assert best < 1e-2
@@ -205,6 +214,28 @@ def test_the_first_symbol_is_a_centre_of_what_lies_near():
         errors.append([x.max().item() for x in read])
     # the second: who strays
     assert min((second for first, second in errors if first < 1e-4), default=1) < 1e-4
+
+
+@torch.no_grad()
+def test_later_symbols_in_the_axes_of_the_first():
+    """Planted: two kinds, and what a third of each has more of is another thing in each."""
+    kind, more = torch.arange(400) % 2, torch.where(torch.arange(400) % 3 == 0, 2.0, -1.0)
+    cls = torch.eye(D)[kind] * 10 + torch.eye(D)[kind + 2] * more[:, None]
+    cls = cls + 1e-3 * torch.randn(400, D)
+    errors = {0: [], 4: []}
+    for axes, found in errors.items():
+        for _ in range(20):                                 # k-means may start badly
+            draft = model.Draft(D, 2, 2, axes)
+            draft.fit(cls, cls, 100)
+            first = draft.bids(cls, 0, None).argmax(1)
+            left = cls - draft.word(torch.eye(2)[first], 0, None)
+            second = draft.bids(left, 1, first).argmax(1)
+            read = draft(torch.stack([first, second], 1))
+            word = draft.word(torch.eye(2)[second], 1, first)
+            assert close(read[:, 1] - read[:, 0], word)
+            assert close(draft.turn(draft.turn(word, first), first, back=True), word)
+            found.append((read[:, 1] - cls).square().sum(1).mean().item())
+    assert min(errors[4]) < 1e-3 < 0.5 < min(errors[0])
 
 
 def test_centres_in_the_order_of_others_that_point_the_same_way():

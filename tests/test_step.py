@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import evaluate
 import losses
 import model
 import train
@@ -116,6 +117,21 @@ def test_accumulated_gradients_are_the_batch_s(tiny_trainer, monkeypatch):
     assert torch.equal(torch.cat(seen), trainer.images[:16])
     assert torch.allclose(trainer.student.descriptor.start.grad, whole.expand(1, 1, 64))
     assert torch.allclose(log["mean"], whole) and log.keys() == {"loss", "mean"}
+
+
+@torch.no_grad()
+def test_the_space_sees_mirror_images_too(tiny_trainer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(model.Anchors, "fit", lambda self, y: seen.append(y))
+    for flag, side in (("--no-mirror", 0), ("--mirror", 3)):
+        trainer = tiny_trainer(flag)
+        images = trainer.images.flip(side) if side else trainer.images[:0]
+        with evaluate.autocast(torch.device("cpu")):
+            tokens = trainer.teacher(data.normalize(torch.cat([trainer.images, images])))
+        y = trainer.student.space(tokens)[:, 0]
+        assert len(seen[-1]) == len(y)
+        gap = torch.cdist(seen[-1], y)                          # in any order; bf16 rounds
+        assert max(gap.min(0).values.max(), gap.min(1).values.max()) < 0.1 * gap.mean()
 
 
 def test_cached_views_are_the_teacher_s_and_spare_it(tiny_trainer, monkeypatch):

@@ -176,6 +176,8 @@ def test_the_test_part_plays_no_part_in_training(tiny, monkeypatch):
     ("--train-images 0", "--train-images"), ("--train-images -5", "--train-images"),
     ("--test-images 0", "--test-images"), ("--regression 0", "--no-draft"),
     ("--neighbours -1", "--neighbours"), ("--prototypes 77", "--prototypes 77"),
+    ("--local-axes -1", "--local-axes must"), ("--local-axes 9 --directions 0", "--directions"),
+    ("--local-axes 9 --no-draft", "--local-axes needs --draft"),
     ("--views 0", "--views"), ("--epochs 0", "--epochs"), ("--lr 0", "--lr must"),
     ("--lam -1", "--lam must"), ("--student-temp 0", "--student-temp"),
     ("--descriptor-heads 5", "--descriptor-heads"), ("--descriptor-heads 0", "--descriptor-heads"),
