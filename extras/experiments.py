@@ -43,7 +43,8 @@ BASE = {"softmax-128": "train.py --disc softmax --vocab 128"}
 DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"
          for vocab in SIZES for disc in ("softmax", "gumbel", "vq")}
 # Symbols that tell more, and mean nothing without the first (--local-axes)
-LOCAL = {f"{name}-local": f"{command} --local-axes 2000 --mirror" for name, command in DISCS.items()}
+LOCAL = {f"{name}-local": f"{command} --local-axes 2000 --mirror"
+         for name, command in DISCS.items()}
 EXPLORE = BASE | {f"softmax-128-{name}": f"train.py --explore {name}" for name in STRATEGIES}
 VOCABULARIES = {f"softmax-{vocab}": f"train.py --disc softmax --vocab {vocab}"
                 for vocab in (512, 256, 128, 64, 32, 16)}
@@ -55,7 +56,8 @@ TABLES = {
     | {f"vqvae-{vocab}": f"-m extras.vqvae --overwrite --vocab {vocab}" for vocab in SIZES}
     | {f"kmeans-{vocab}{tail}": f"-m extras.baselines --vocab {vocab}{space}" for vocab in SIZES
        for tail, space in (("", ""), ("-space", " --space"))},
-    "local axes": LOCAL,
+    "local axes": LOCAL
+    | {"softmax-128-local-no-mirror": "train.py --local-axes 1000"},
     "vocabulary": VOCABULARIES
     | {f"kmeans-{vocab}": f"-m extras.baselines --vocab {vocab}" for vocab in (64, 32, 16)},
     "exploration (Table 2)": EXPLORE,
