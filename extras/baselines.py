@@ -113,7 +113,8 @@ def parse(argv=None):
     p.add_argument("--rounds", type=int, default=3, help="of --space, as in train.py")
     p.add_argument("--json", type=Path, help="also write the figures there")
     defaults = vars(train_script.parse([]))                 # what train.py's fit of the space reads
-    p.set_defaults(**{name: defaults[name] for name in ("batch_size", "neighbours", "directions")})
+    p.set_defaults(**{name: defaults[name] for name in (
+        "batch_size", "neighbours", "directions", "mirror")})
     return p.parse_args(argv)
 
 
