@@ -169,6 +169,10 @@ def test_tables_have_a_line_per_experiment_and_only_where_there_is_news(planted)
     assert [b[:9] for b in blocks[1:]] == ["| discret", "| explora", "| other |", "Ahead of "]
     assert [line.split(" | ")[0] for line in blocks[2].splitlines()[2:]] == [
         "| shapes-softmax-128", "| shapes-softmax-128-info"]
+    lines = [[b for b in block.splitlines() if b.startswith("| shapes-softmax-128 |")]
+             for block in blocks[1:3]]
+    assert "| 2 | 0.500 ± 0.000 |" in lines[0][0] and "| 0.850 ± 0.071 |" in lines[0][0]
+    assert "| 1 | 0.500 |" in lines[1][0] and "| 0.800 |" in lines[1][0]    # seed 0, as `info`
 
 
 def test_against_kmeans_names_what_is_behind(planted):
