@@ -577,11 +577,12 @@ class Student(nn.Module):
     pictures, between augmented views, so that a unit is as much as an augmentation moves it, in
     every direction: the student should say what lasts, and a teacher's few loud directions
     would otherwise be all that it says. Then by what tells it from its neighbours
-    (`draw_together`), and of all this the loudest directions (`project`). Patch tokens: mean 0
-    and deviation 1 in each dimension."""
+    (`draw_together`), and of all this the loudest directions (`project`). With unit_length all
+    CLS are as far from 0 as they are on average: k-NN compares directions, so a symbol spent on a
+    length is lost on it. Patch tokens: mean 0 and deviation 1 in each dimension."""
 
     def __init__(self, width, disc, projector, length=8, descriptor=(6, 8), interpreter=(12, 6),
-                 draft=True, axes=0):
+                 draft=True, axes=0, unit_length=False):
         """descriptor, interpreter: (depth, heads). Raises ValueError for sizes that do not fit."""
         super().__init__()
         if length < 1 or length & (length - 1):
@@ -591,6 +592,7 @@ class Student(nn.Module):
             if heads < 1 or width % heads:
                 raise ValueError(f"--{name}-heads {heads} does not divide the teacher's width "
                                  f"{width}")
+        self.unit_length = unit_length
         self.register_buffer("mean", torch.zeros(2, width))                     # of CLS, of patches
         self.register_buffer("std", torch.ones(width))                          # of patches
         self.register_buffer("whiten", torch.eye(width))                        # of CLS
@@ -632,7 +634,8 @@ class Student(nn.Module):
         """Leaves as many directions of the space as pictures differ most in; y (n, d) and what is
         returned as in `draw_together`. A symbol spent on the others, in which neighbours agree no
         more than others do, would be lost on k-NN; and the patches tell little of them."""
-        axes = torch.linalg.eigh(torch.cov(y.T)).eigenvectors[:, -directions:]  # largest: last
+        _, axes = torch.linalg.eigh(torch.cov(self.lengthen(y).T))
+        axes = axes[:, -directions:]                                            # largest: last
         return self.transform(y, axes @ axes.T)
 
     def transform(self, y, change):
@@ -641,11 +644,20 @@ class Student(nn.Module):
         self.whiten.copy_(self.whiten @ change)
         return y @ change
 
+    def whitened(self, cls):
+        """CLS (..., d) of the teacher, of mean 0 and mean square 1: of any length."""
+        with torch.autocast(cls.device.type, enabled=False):
+            return (cls.float() - self.mean[0]) @ self.whiten
+
+    def lengthen(self, y):
+        """Whitened CLS (..., d), as long as the space has them: with unit_length all have mean
+        square 1, and not only their mean has."""
+        return F.normalize(y, dim=-1) * y.shape[-1] ** 0.5 if self.unit_length else y
+
     def space(self, tokens):
-        """z_t (B, N+1, d) -> the same in the student's space: CLS of mean 0, mean square 1."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            cls = (tokens[:, :1].float() - self.mean[0]) @ self.whiten
-            return torch.cat([cls, (tokens[:, 1:].float() - self.mean[1]) / self.std], 1)
+        """z_t (B, N+1, d) -> the same in the student's space."""
+        cls = self.lengthen(self.whitened(tokens[:, :1]))
+        return torch.cat([cls, (tokens[:, 1:].float() - self.mean[1]) / self.std], 1)
 
     def describe(self, tokens, hard=False, attention=False):
         """z_t (B, N+1, d) -> Description. hard: argmax symbols, as in every reported figure."""
@@ -703,7 +715,7 @@ def build_student(config, width):
     student = Student(width, disc, projector, args.length,
                       (args.descriptor_depth, args.descriptor_heads),
                       (args.interpreter_depth, args.interpreter_heads), args.draft,
-                      min(args.directions, width) if args.local_axes else 0)
+                      min(args.directions, width) if args.local_axes else 0, args.unit_length)
     return student, head
 
 

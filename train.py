@@ -118,6 +118,9 @@ def loss_flags(add):
     add("--directions", type=int, default=32,
         help="then the space keeps so many directions, those in which pictures differ most; 0: "
              "all, the paper")
+    add("--unit-length", action=argparse.BooleanOptionalAction, default=False,
+        help="all CLS are of one length in the student's space: symbols tell directions alone, "
+             "which is what k-NN compares")
     add("--ema", type=float, default=0.996,
         help="momentum of P_T with --prototype-source ema, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
@@ -246,7 +249,7 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
     student.fit_space(torch.cat(cls, 1), torch.cat(patches))
     anchored, draft = isinstance(head, model.Anchors), student.draft
     if anchored or draft or args.neighbours or args.directions:     # the paper needs none of it
-        y = torch.cat([student.space(encode(data.normalize(x, size))[:, :1])[:, 0]
+        y = torch.cat([student.whitened(encode(data.normalize(x, size))[:, 0])
                        for part in batches(20000)
                        for x in (part, *[part.flip(3)] * args.mirror)])
         neighbours = min(args.neighbours, len(y) // 10)
@@ -254,6 +257,7 @@ def fit_teacher_statistics(teacher, student, head, pictures, args):
             y = student.draw_together(y, neighbours)
         if args.directions:
             y = student.project(y, args.directions)
+        y = student.lengthen(y)
         if anchored:
             head.fit(y)
         if draft:

@@ -45,6 +45,9 @@ DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"
 # Symbols that tell more, and mean nothing without the first (--local-axes)
 LOCAL = {f"{name}-local": f"{command} --local-axes 2000 --mirror"
          for name, command in DISCS.items()}
+# And do not tell what k-NN does not compare
+UNIT = {f"{name}-unit": f"{command} --local-axes 1000 --mirror --unit-length"
+        for name, command in DISCS.items()}
 EXPLORE = BASE | {f"softmax-128-{name}": f"train.py --explore {name}" for name in STRATEGIES}
 VOCABULARIES = {f"softmax-{vocab}": f"train.py --disc softmax --vocab {vocab}"
                 for vocab in (512, 256, 128, 64, 32, 16)}
@@ -57,6 +60,7 @@ TABLES = {
     | {f"kmeans-{vocab}{tail}": f"-m extras.baselines --vocab {vocab}{space}" for vocab in SIZES
        for tail, space in (("", ""), ("-space", " --space"))},
     "local axes": LOCAL,
+    "local axes, unit length": UNIT,
     "vocabulary": VOCABULARIES
     | {f"kmeans-{vocab}": f"-m extras.baselines --vocab {vocab}" for vocab in (64, 32, 16)},
     "exploration (Table 2)": EXPLORE,
@@ -242,7 +246,7 @@ def against_kmeans(found):
                 yield (n, key), statistics.mean(values)
 
     count, behind = 0, []
-    for name in filter(found.__contains__, DISCS | VOCABULARIES | LOCAL):
+    for name in filter(found.__contains__, DISCS | VOCABULARIES | LOCAL | UNIT):
         theirs = dict(means(f"kmeans-{found[name][0]['vocab']}"))
         for (n, key), ours in means(name):
             if (n, key) in theirs:

@@ -44,13 +44,13 @@ def read(blocks, x, tokens=None, mask=None):
     return x, looked
 
 
-def make_student(disc="softmax", draft=True, axes=0, **flags):
+def make_student(disc="softmax", draft=True, axes=0, unit_length=False, **flags):
     parser = argparse.ArgumentParser()
     discretize.add_flags(parser)
     args = argparse.Namespace(**vars(parser.parse_args([])) | flags, draft=draft)
     disc, head = discretize.build(disc, D, K, args), model.DINOHead(D, 10, 16, 8)
     student = model.Student(D, disc, head, T, descriptor=(2, 4), interpreter=(3, 2), draft=draft,
-                            axes=axes)
+                            axes=axes, unit_length=unit_length)
     for name, p in student.named_parameters():                                  # no bias stays 0
         if p.ndim == 1 or "position" in name:
             p.data.add_(0.3 * torch.randn_like(p))
@@ -336,6 +336,22 @@ def test_projection_keeps_the_loudest_directions():
     kept = kept / kept.square().mean().sqrt()                   # mean square 1 about the mean
     assert torch.linalg.matrix_rank(student.whiten, rtol=1e-4) == 3
     assert (after - after.mean(0) - kept).square().mean() < 1e-3
+
+
+def test_unit_length_leaves_directions():
+    """Planted: pictures of lengths from 1 to 50, the longest of them along one axis, which as
+    directions is one of few; those of all others differ in three."""
+    student = make_student(unit_length=True)
+    y = torch.zeros(2000, D)
+    y[:, :3] = torch.randn(2000, 3)
+    y[:20, 3:4] = 500.0
+    y = y * torch.linspace(1, 50, 2000)[torch.randperm(2000)][:, None]
+    after = student.lengthen(student.project(y, 3))
+    tokens = torch.cat([y[:, None], torch.zeros(2000, N, D)], 1)
+    assert close(student.space(tokens)[:, 0], after, 1e-4)          # later pictures go the same way
+    assert close(after.square().mean(1), torch.ones(2000), 1e-4)
+    cosine = torch.nn.functional.cosine_similarity(after[20:], y[20:])
+    assert cosine.min() > 0.99                                      # the three, not the longest
 
 
 def test_space_of_views_that_do_not_move():
