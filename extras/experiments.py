@@ -67,6 +67,8 @@ TABLES = {
     "ablation": BASE | {
         "softmax-128-local": LOCAL["softmax-128-local"],
         "softmax-128-local-no-mirror": "train.py --local-axes 1000",
+        "softmax-128-unit": UNIT["softmax-128-unit"],
+        "softmax-128-unit-length": "train.py --unit-length",
         "softmax-128-balance": "train.py --balance 2",
         "softmax-128-no-neighbours": "train.py --neighbours 0",
         "softmax-128-all-directions": "train.py --directions 0",
