@@ -120,11 +120,11 @@ def test_accumulated_gradients_are_the_batch_s(tiny_trainer, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_space_sees_mirror_images_too(tiny_trainer, monkeypatch):
+def test_k_means_sees_pictures_in_the_space_and_mirror_images(tiny_trainer, monkeypatch):
     seen = []
     monkeypatch.setattr(model.Anchors, "fit", lambda self, y: seen.append(y))
-    for flag, side in (("--no-mirror", 0), ("--mirror", 3)):
-        trainer = tiny_trainer(flag)
+    for flags, side in ((("--no-mirror",), 0), (("--mirror",), 3), (("--unit-length",), 0)):
+        trainer = tiny_trainer(*flags)
         images = trainer.images.flip(side) if side else trainer.images[:0]
         with evaluate.autocast(torch.device("cpu")):
             tokens = trainer.teacher(data.normalize(torch.cat([trainer.images, images])))
