@@ -645,7 +645,7 @@ class Student(nn.Module):
         return y @ change
 
     def whitened(self, cls):
-        """CLS (..., d) of the teacher, of mean 0 and mean square 1: of any length."""
+        """The teacher's CLS (..., d), of mean 0 and mean square 1, each of its own length."""
         with torch.autocast(cls.device.type, enabled=False):
             return (cls.float() - self.mean[0]) @ self.whiten
 
@@ -655,7 +655,7 @@ class Student(nn.Module):
         return F.normalize(y, dim=-1) * y.shape[-1] ** 0.5 if self.unit_length else y
 
     def space(self, tokens):
-        """z_t (B, N+1, d) -> the same in the student's space."""
+        """z_t (B, N+1, d) -> the same in the student's space, CLS of mean square 1."""
         cls = self.lengthen(self.whitened(tokens[:, :1]))
         return torch.cat([cls, (tokens[:, 1:].float() - self.mean[1]) / self.std], 1)
 

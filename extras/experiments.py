@@ -42,12 +42,10 @@ SIZES, STRATEGIES = (128, 256, 512), ("entropy", "info", "combined")
 BASE = {"softmax-128": "train.py --disc softmax --vocab 128"}
 DISCS = {f"{disc}-{vocab}": f"train.py --disc {disc} --vocab {vocab}"
          for vocab in SIZES for disc in ("softmax", "gumbel", "vq")}
-# Symbols that tell more, and mean nothing without the first (--local-axes)
-LOCAL = {f"{name}-local": f"{command} --local-axes 2000 --mirror"
-         for name, command in DISCS.items()}
-# And do not tell what k-NN does not compare
-UNIT = {f"{name}-unit": f"{command} --local-axes 1000 --mirror --unit-length"
-        for name, command in DISCS.items()}
+# Symbols that tell more, and mean nothing without the first; and do not tell what k-NN ignores
+LOCAL, UNIT = ({f"{name}-{tail}": f"{command} {flags}" for name, command in DISCS.items()}
+               for tail, flags in (("local", "--local-axes 2000 --mirror"),
+                                   ("unit", "--local-axes 1000 --mirror --unit-length")))
 EXPLORE = BASE | {f"softmax-128-{name}": f"train.py --explore {name}" for name in STRATEGIES}
 VOCABULARIES = {f"softmax-{vocab}": f"train.py --disc softmax --vocab {vocab}"
                 for vocab in (512, 256, 128, 64, 32, 16)}
