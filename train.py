@@ -36,7 +36,7 @@ PRESETS = {
     "small": {},
     "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None,
                     vocab=256, descriptor_depth=4, interpreter_depth=4, batch_size=256, epochs=3,
-                    rounds=1),
+                    rounds=1, local_axes=1000, mirror=True, unit_length=True),
     "paper": dict(data="cifar10", teacher="dino_vitb16", image_size=224,
                   train_images=None, test_images=None,
                   descriptor_depth=6, descriptor_heads=8, interpreter_depth=12, interpreter_heads=6,
