@@ -208,7 +208,8 @@ def check(args):
         raise ValueError("--draft learns what to say by --regression; set it above 0, or add "
                          "--no-draft")
     if args.local_axes and not (args.draft and args.directions):
-        raise ValueError("--local-axes needs --draft, and --directions to be axes of")
+        raise ValueError("--local-axes needs --draft, and --directions to be axes of; without "
+                         "them add --local-axes 0")
     distributed.check_batch(args.batch_size, args.accumulate)
     if args.cache_views and args.cache_views < args.views:
         raise ValueError(f"--cache-views {args.cache_views} are too few for --views {args.views}")

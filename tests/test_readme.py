@@ -66,3 +66,14 @@ def test_every_experiment_is_a_command_that_is_accepted_and_no_two_are_the_same(
     assert all(train.check(args) is None for _, args in runs)
     settings = {script + json.dumps(train.config_of(args)) for script, args in runs + others}
     assert len(settings) == len(commands) == len(runs + others)
+
+
+def test_preset_cifar10_is_the_recipe_of_rows_unit():
+    preset = train.PRESETS["cifar10"]
+    row = vars(train.parse(experiments.EXPERIMENTS["cifar10-softmax-256-unit"].split()[1:]))
+    larger = {"train_images", "test_images", "descriptor_depth", "interpreter_depth", "batch_size",
+              "epochs", "data"}
+    assert {name: row[name] for name in preset.keys() - larger} == {
+        name: value for name, value in preset.items() if name not in larger}
+    default = vars(train.parse([]))
+    assert all(row[name] == default[name] for name in row.keys() - preset.keys())
