@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from data import check_labels, image_count, load, normalize
 from model import load_checkpoint
+from precision import autocast
 
 KS = (10, 20, 100, 200)  # DINO's four neighbourhood sizes
 # Similarities (or votes, relative to the largest) closer than this tie. They are float64, rounded
@@ -163,12 +164,6 @@ def code_figures(ids, vocab):
 
 
 # ---- a data set through teacher and student --------------------------------------------------
-
-def autocast(device):
-    """The mixed precision of training: bf16 on CPUs and GPUs that have it, fp16 on other GPUs."""
-    old_gpu = device.type == "cuda" and not torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.float16 if old_gpu else torch.bfloat16)
-
 
 def one_feature_per_code(z, codes):
     """Rows of z (n, d) with the same code (n, t) all get the feature of the first of them: they
