@@ -341,8 +341,8 @@ class Augment:
     def rand(self, x):
         if not self.part:
             return torch.rand(len(x), device=x.device)
-        everyones = torch.rand(distributed.world() * len(x), device=x.device)
-        return distributed.mine(everyones, self.part)
+        everyones = torch.rand(distributed.world_size() * len(x), device=x.device)
+        return distributed.shard(everyones, self.part)
 
     def uniform(self, x, low, high):
         return low + (high - low) * self.rand(x)

@@ -58,12 +58,13 @@ class Discretizer(nn.Module):
         require(self.final_tau > 0, f"--tau must be above 0, not {args.tau}")
         self.vocab, self.tau = vocab, self.final_tau
 
-    def forward(self, h, hard=False, bids=None):
+    def forward(self, h, hard=False):
         """h (B, d) -> Discrete. hard: one-hot argmax without noise, as in every reported figure.
         bids (B, K), deviation about 1: what speaks for each symbol instead of h (model.Draft)."""
         # bfloat16 keeps 3 digits: near-equal logits would tie, and argmax would favour low ids
         with torch.autocast(h.device.type, enabled=False):
-            return self.discretize(h.float(), hard, bids)
+            h = h.float()
+            return self.choose(self.logits(h), h, hard)
 
     def after_step(self):
         """train.py calls this once per optimiser step, after the T calls of `forward` in it."""
@@ -89,9 +90,14 @@ class Softmax(Discretizer):
     def weigh(self, logits):
         return logits.softmax(-1)
 
-    def discretize(self, h, hard, bids=None):
-        logits = self.to_logits(h) if bids is None else bids * self.unit  # (B, K)
-        logits = logits / (self.tau if self.tempered else 1)
+    def scaled(self, scores):
+        scores = scores * self.unit
+        return scores / (self.tau if self.tempered else 1)
+
+    def logits(self, h):
+        return self.to_logits(h) / (self.tau if self.tempered else 1)
+
+    def choose(self, logits, h, hard):
         soft = logits if hard else self.weigh(logits)
         ids = soft.argmax(-1)                                            # (B,)
         weights = F.one_hot(ids, self.vocab).float() if hard or self.straight_through else soft
@@ -118,8 +124,8 @@ class Gumbel(Softmax):
 
     def weigh(self, logits):
         if self.training:
-            shape = distributed.world() * len(logits), self.vocab        # everyone's noise: -log E
-            noise = -distributed.mine(logits.new_empty(shape).exponential_()).log()
+            shape = distributed.world_size() * len(logits), self.vocab        # everyone's noise: -log E
+            noise = -distributed.shard(logits.new_empty(shape).exponential_()).log()
             return ((logits + self.noise * noise) / self.tau).softmax(-1)
         return (logits / self.tau).softmax(-1)
 
@@ -160,11 +166,16 @@ class VQ(Discretizer):
         # l2 of ViT-VQGAN (Yu et al. 2022), but at radius sqrt(c): losses do not shrink with c
         return F.normalize(x, dim=-1) * math.sqrt(x.shape[-1]) if self.l2 else x
 
-    def discretize(self, h, hard, bids=None):
+    def scaled(self, scores):
+        return scores / self.tau
+
+    def logits(self, h):
         z, codes = self.normalise(self.down(h)), self.normalise(self.codebook)  # (B, c), (K, c)
         distance = (z**2).sum(-1, keepdim=True) - 2 * z @ codes.T + (codes**2).sum(-1)  # (B, K)
-        # Our choice: per dimension and over tau, for an H(p) that compares between c. l2: cosine
-        logits = (-distance / (2 * z.shape[-1]) if bids is None else bids) / self.tau
+        return -distance / (2 * z.shape[-1]) / self.tau
+
+    def choose(self, logits, h, hard):
+        z, codes = self.normalise(self.down(h)), self.normalise(self.codebook)  # (B, c), (K, c)
         ids = logits.argmax(-1)
         weights = F.one_hot(ids, self.vocab).float()
         code = weights @ codes                                           # (B, c)
@@ -181,7 +192,7 @@ class VQ(Discretizer):
         """k-means after the first step; from then on usage, the EMA update and restarts."""
         if not self.seen:
             return
-        z, ids = (torch.cat([distributed.gather(part) for part in parts])
+        z, ids = (torch.cat([distributed.all_gather(part) for part in parts])
                   for parts in zip(*self.seen))                          # (T B, c), (T B,)
         self.seen = []
         if not self.ready:

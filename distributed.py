@@ -7,7 +7,7 @@
 Each process holds all pictures and the whole student, takes its part of every batch and averages
 the gradients. What is about the batch as a whole (BatchNorm, the entropy of the mean prediction,
 centre, Sinkhorn, codebook) is computed over all parts. All draw the random numbers of the whole
-batch from one seed and use their part of them (`mine`): one random state is everybody's, so one
+batch from one seed and use their part of them (`shard`): one random state is everybody's, so one
 checkpoint is, and views do not depend on the number of processes.
 
 Not DistributedDataParallel: it overlaps sending with the backward pass, but wants one forward() and
@@ -24,31 +24,31 @@ import torch.distributed as dist
 
 # For a process that lives and does not answer; one that has died is noticed by its connection.
 TIMEOUT = timedelta(seconds=60)
-patient = None                          # a group for what may take long: downloads, slow disks
+long_timeout_group = None                          # a group for what may take long: downloads, slow disks
 
 
-def join(device):
+def init(device):
     """Meets the processes that torchrun started; returns this one's device, "cuda:2" for "cuda"."""
-    global patient
+    global long_timeout_group
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    talk(dist.init_process_group, "cpu:gloo,cuda:nccl" if "cuda" in device else "gloo",
+    checked(dist.init_process_group, "cpu:gloo,cuda:nccl" if "cuda" in device else "gloo",
          timeout=TIMEOUT)
-    patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")
+    long_timeout_group = dist.new_group(timeout=timedelta(days=1), backend="gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")          # the first one speaks for all
     return device
 
 
-def leave():
+def cleanup():
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def world():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -56,14 +56,14 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def check_batch(size, accumulate=1):
+def check_batch_size(size, accumulate=1):
     """Raises ValueError when a batch of `size` cannot be cut into equal parts."""
-    if size % (world() * accumulate):
+    if size % (world_size() * accumulate):
         raise ValueError(f"--batch-size {size} is for the whole step: make it a multiple of "
-                         f"{world()} (processes) x {accumulate} (--accumulate)")
+                         f"{world_size()} (processes) x {accumulate} (--accumulate)")
 
 
-def talk(collective, *args, **kwargs):
+def checked(collective, *args, **kwargs):
     """Calls it; raises ConnectionError when another process has died, or hangs."""
     try:
         collective(*args, **kwargs)
@@ -79,67 +79,67 @@ class Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         x = x.clone(memory_format=torch.contiguous_format)
-        talk(dist.all_reduce, x)
-        return x / world()
+        checked(dist.all_reduce, x)
+        return x / world_size()
 
     @staticmethod
     def backward(ctx, gradient):
         return Mean.apply(gradient)
 
 
-def mean(x):
+def all_reduce_mean(x):
     """Element by element; with gradient."""
-    return Mean.apply(x) if world() > 1 else x
+    return Mean.apply(x) if world_size() > 1 else x
 
 
-def gather(x):
+def all_gather(x):
     """(n, ...) -> (world * n, ...), part after part; without gradient."""
-    if world() == 1:
+    if world_size() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world())]
-    talk(dist.all_gather, parts, x.contiguous())
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    checked(dist.all_gather, parts, x.contiguous())
     return torch.cat(parts)
 
 
-def mine(x, groups=1):
+def shard(x, groups=1):
     """This process's part: (groups * world * n, ...) -> (groups * n, ...). groups: V for views that
     lie one after the other, (V, B) flattened."""
-    return x.unflatten(0, (groups, world(), -1))[:, rank()].flatten(0, 1)
+    return x.unflatten(0, (groups, world_size(), -1))[:, rank()].flatten(0, 1)
 
 
 def average_gradients(module):
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    if world() > 1:
-        flat = mean(torch.cat([g.flatten() for g in gradients]))
+    if world_size() > 1:
+        flat = all_reduce_mean(torch.cat([g.flatten() for g in gradients]))
         for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             g.copy_(part.view_as(g))
 
 
-def agree(*numbers, group=None):
+def all_reduce_max(*numbers, group=None):
     """Whole numbers -> for each, the largest that any process has."""
-    if world() == 1:
+    if world_size() == 1:
         return numbers
     numbers = torch.tensor(numbers)
-    talk(dist.all_reduce, numbers, dist.ReduceOp.MAX, group)
+    checked(dist.all_reduce, numbers, dist.ReduceOp.MAX, group)
     return numbers.tolist()
 
 
-def start_alike(*modules):
+def broadcast_parameters(*modules):
     """Parameters and buffers of rank 0 for all: other processors round otherwise."""
-    if world() > 1:
+    if world_size() > 1:
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
-                talk(dist.broadcast, tensor.data, 0)
+                checked(dist.broadcast, tensor.data, 0)
 
 
 @contextlib.contextmanager
-def one_first():
+def rank_zero_first():
     """Rank 0 goes through the block alone (it may download, or repair), the others after it."""
     if rank():
-        agree(0, group=patient)
+        all_reduce_max(0, group=long_timeout_group)
     yield
     if not rank():
-        agree(0, group=patient)
+        all_reduce_max(0, group=long_timeout_group)
 
 
 class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -150,13 +150,13 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """Any."""
 
     def forward(self, x):
-        if world() == 1 or not self.training:
+        if world_size() == 1 or not self.training:
             return super().forward(x)
         dims, wide = [d for d in range(x.ndim) if d != 1], x.float()
-        centre = mean(wide.mean(dims, keepdim=True))
+        centre = all_reduce_mean(wide.mean(dims, keepdim=True))
         # in two goes: E[x^2] - E[x]^2 would lose its digits where all pictures are much alike
-        variance = mean((wide - centre).square().mean(dims, keepdim=True))
-        n = world() * x.numel() / x.shape[1]
+        variance = all_reduce_mean((wide - centre).square().mean(dims, keepdim=True))
+        n = world_size() * x.numel() / x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(centre.flatten(), self.momentum)
             self.running_var.lerp_(variance.flatten() * (n / (n - 1)), self.momentum)

@@ -47,11 +47,11 @@ class TeacherSoftmax(torch.nn.Module):
     def forward(self, logits, temperature):
         """logits (V, B, P) -> p_t (V, B, P); moves the centre after using it, as DINO does."""
         if self.centering == "sinkhorn":
-            everyones = distributed.gather(logits.flatten(0, 1))
-            return distributed.mine(sinkhorn(everyones, temperature)).view_as(logits)
+            everyones = distributed.all_gather(logits.flatten(0, 1))
+            return distributed.shard(sinkhorn(everyones, temperature)).view_as(logits)
         p = F.softmax((logits.float() - self.centre) / temperature, dim=-1)
         if self.centering == "centre":
-            self.centre.lerp_(distributed.mean(logits.float().mean((0, 1))), 1 - self.momentum)
+            self.centre.lerp_(distributed.all_reduce_mean(logits.float().mean((0, 1))), 1 - self.momentum)
         return p
 
 
@@ -95,19 +95,15 @@ def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
     entropies = cross_entropy(pair_views(p_t, logits.shape[1], pairing), logits, temperature)
     weights = lam ** torch.arange(1, len(logits) + 1, device=logits.device, dtype=torch.float)
     # a sum and not a product of matrices, which autocast would round to bf16's three digits
-    return (weights * entropies.mean(1)).sum() / weights.sum(), entropies.detach()
+    return (weights * entropies.mean(1)).sum() / weights.sum()
 
 
-def regression_loss(y, z_s, gists):
-    """Mean squared errors of z_s (B, D, d) and gists (B, T, d) from the teacher's CLS y (B, d) in
-    the student's space, where predicting the mean costs 1 -> (z_s's + 4 times the gists', z_s's
-    per prefix (D,)).
-
-    Our addition: the softmax over prototypes says between which centres a picture lies; k-NN and a
-    linear probe also need where. Gists learn to tell the CLS from the patches, and all else
-    follows from them: 4."""
-    error = (z_s.float() - y[:, None]).square().mean((0, 2))
-    return error.mean() + 4 * (gists.float() - y[:, None]).square().mean(), error.detach()
+@torch.no_grad()
+def joint_kl(p_t, logits, temperature, pairing):
+    """KL(p_t, p_s) of the first view, p_s = sum_n p_s^(n) normalised (paper, section 3.2)."""
+    target = pair_views(p_t, logits.shape[1], pairing)[0]
+    joint = (logits[:, 0].float() / temperature).softmax(-1).mean(0)
+    return (target * (target.clamp(min=1e-12) / joint.clamp(min=1e-12)).log()).sum(-1).mean()
 
 
 # ------------------------------------------------------------------------------- exploration terms
@@ -137,7 +133,7 @@ def usage_entropy(logits):
     Our addition. With the entropy of each prediction subtracted (mutual information,
     IMSAT, Hu et al. 2017) all positions come to say the same: each is then best off
     repeating the easiest distinction."""
-    return entropy(distributed.mean(F.softmax(logits.float(), dim=-1).mean(0))).mean()
+    return entropy(distributed.all_reduce_mean(F.softmax(logits.float(), dim=-1).mean(0))).mean()
 
 
 def exploration_loss(weights, logits, explore, alpha, beta, balance):
