@@ -1,12 +1,11 @@
-"""Never losing a run: a whole checkpoint exists at every instant, and a signal becomes one.
+"""Checkpoints: an intact one exists at every instant, and what is on the disk is read with care.
 
-    python train.py --save-minutes 2                # a power cut costs 2 minutes at most
-    kill -TERM PID                                  # saves at the next step and leaves; also Ctrl-C
-    python train.py --resume                        # goes on, in the middle of an epoch if need be
+    OUT/ckpt.pt         the newest; `save` writes it beside the old one, reads it back, and renames
+    OUT/ckpt.prev.pt    the one before it, in case the newest is damaged later
 
-A checkpoint is written beside the one before it, synced to the disk and read back; only then that
-one becomes ckpt.prev.pt, and the new one ckpt.pt. train.py and extras/pretrain.py share this file.
+A run that gets SIGTERM or Ctrl-C finishes its step, saves and exits with 128 + the signal's number.
 """
+import argparse
 import json
 import os
 import signal
@@ -18,12 +17,16 @@ import torch
 
 import distributed
 import model
+import stable
+import teachers
+
+STUDENTS = {"paper": model.Student, "stable": stable.StableStudent}     # --recipe
 
 
 def write(path, write_to, previous=None):
-    """Atomically: write_to(temporary path), sync, rename. A crash leaves the old file whole, an
-    error also no temporary one. previous: the old file's name from then on; None: it goes. Raises
-    OSError when the disk is full."""
+    """Atomically: write_to(temporary path), sync, rename. After a crash the old file is intact,
+    after an error there is no temporary one either. previous: the old file's name from then on;
+    None: it goes. Raises OSError when the disk is full."""
     part = Path(f"{path}.tmp")
     try:
         write_to(part)
@@ -33,7 +36,7 @@ def write(path, write_to, previous=None):
         part.unlink(missing_ok=True)
         if not isinstance(error, (OSError, RuntimeError)):      # the second: torch.save, full disk
             raise
-        kept = "; the one before it is whole" if path.exists() else ""
+        kept = "; the previous one is intact" if path.exists() else ""
         reason = str(error).splitlines()[0]
         raise OSError(f"cannot write {path} ({reason}){kept}. Is the disk full?") from None
     if previous and path.exists():
@@ -41,17 +44,22 @@ def write(path, write_to, previous=None):
     os.replace(part, path)
 
 
-def before(path):
+def write_json(path, values):
+    """`write` for a dictionary of plain values."""
+    write(path, lambda part: part.write_text(json.dumps(values, indent=1) + "\n"))
+
+
+def previous(path):
     """RUN/ckpt.pt -> RUN/ckpt.prev.pt"""
     return path.with_suffix(".prev.pt")
 
 
 def exists(path):
-    return path.exists() or before(path).exists()
+    return path.exists() or previous(path).exists()
 
 
-def sound(path):
-    """Whether the file is complete and fits its checksums, which torch.load does not look at."""
+def is_valid(path):
+    """Whether the file is complete and fits its checksums, which torch.load does not check."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -60,83 +68,108 @@ def sound(path):
 
 
 def save(path, state):
-    """Writes a checkpoint, and reads it back before it takes the place of the one before it."""
+    """Writes a checkpoint, and reads it back before it takes the place of the previous one."""
     def write_and_read_back(part):
         torch.save(state, part)
-        if not sound(part):
+        if not is_valid(part):
             raise OSError("it does not read back as it was written")
-    write(path, write_and_read_back, before(path))
+    write(path, write_and_read_back, previous(path))
 
 
 def load(path):
-    """The checkpoint, a dictionary. Where it is missing or damaged: the one before it, which takes
-    its place, and a line says so. Raises FileNotFoundError or ValueError when neither is whole."""
+    """The checkpoint, a dictionary. Where it is missing or damaged: the previous one, which takes
+    its place, and a line tells so. Raises FileNotFoundError or ValueError when neither is intact."""
     try:
-        if path.exists() and not sound(path):
+        if path.exists() and not is_valid(path):
             raise ValueError(f"{path} is damaged")
-        return model.read_weights(path)
+        return teachers.read_weights(path)
     except (OSError, ValueError) as error:
-        if not before(path).exists():
+        if not previous(path).exists():
             raise
-        state = model.read_weights(before(path))
-        os.replace(before(path), path)              # or the next save would keep the damaged one
-        print(f"{error}; going on from the checkpoint before it")
+        state = teachers.read_weights(previous(path))
+        os.replace(previous(path), path)            # or the next save would keep the damaged one
+        print(f"{error}; resuming from the previous checkpoint")
         return state
 
 
-def cut_log(path, key, last):
+def truncate_log(path, key, last):
     """Keeps the lines of metrics.jsonl up to record[key] = last. A crash can leave lines that the
-    checkpoint knows nothing of, which will come again, and half a line."""
-    def known(line):
+    checkpoint does not contain, which will come again, and half a line."""
+    def contained(line):
         try:
             return line.endswith("\n") and json.loads(line)[key] <= last
         except ValueError:                          # zeros, after a crash of the machine
             return False
     lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
-    write(path, lambda part: part.write_text("".join(filter(known, lines))))
+    write(path, lambda part: part.write_text("".join(filter(contained, lines))))
 
 
-class Keeper:
-    """`with Keeper(...) as keeper`: SIGTERM and SIGINT wait for the next step, a second one not.
+def load_model(path, device="cpu"):
+    """RUN/ckpt.pt of train.py -> (config, teacher, student), both frozen and in eval mode on
+    `device`. Raises FileNotFoundError, or ValueError for a damaged or foreign file, or one of
+    another version of this code."""
+    state = teachers.read_weights(path)
+    if not {"config", "teacher", "student"} <= state.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py (a teacher's weights: --teacher)")
+    config = state["config"]
+    try:
+        sizes = [config["image_size"], config["train_images"] or 1, config["test_images"] or 1]
+        kinds = [type(config["data"]), *(type(n) for n in (config["seed"], *sizes))]
+        if kinds != [str, int, int, int, int] or min(sizes) < 1:
+            raise TypeError("its flags are not those of train.py")
+        teacher = teachers.teacher_from_state(state["teacher"])
+        student = STUDENTS[config["recipe"]](argparse.Namespace(**config), teacher.width)
+        student.load_state_dict(state["student"])
+    except Exception as error:                      # what a file can hold has no end
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit this version of the code ({reason}); train it "
+                         "again") from None
+    return config, teacher.to(device), student.to(device).eval().requires_grad_(False)
 
-    keeper.due(), asked after every step: save now? keeper.save(state) does, and leaves if a signal
-    came, with exit status 128 + its number: 143 after SIGTERM, 130 after Ctrl-C. minutes: between
-    saves, 0 for none. data: `ImageSet.fingerprint` of the pictures, which goes into the file."""
+
+class Manager:
+    """`with Manager(...) as manager`: SIGTERM and SIGINT wait for the next step, a second one not.
+
+    manager.should_save(), after every step: is it time, or did a signal come? manager.save(state)
+    saves, and exits if a signal came, with status 128 + its number: 143 after SIGTERM, 130 after
+    Ctrl-C. minutes: between saves, 0 for none. data: `ImageSet.fingerprint` of the images, which
+    goes into the file."""
 
     def __init__(self, path, minutes, data):
         self.path, self.minutes, self.data = path, minutes, data
         self.signal, self.last = 0, time.monotonic()
 
     def __enter__(self):
-        self.handlers = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {n: signal.signal(n, self.on_signal)
+                         for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def note(self, number, frame):
+    def on_signal(self, number, frame):
         self.signal = number
         self.__exit__()
 
-    def due(self):
+    def should_save(self):
         late = 0 < self.minutes * 60 <= time.monotonic() - self.last
-        return any(distributed.agree(self.signal, late))            # all save after the same step
+        return any(distributed.all_reduce_max(self.signal, late))   # all save after the same step
 
     def save(self, state):
-        if not distributed.rank():
+        if distributed.rank() == 0:
             save(self.path, state | {"data": self.data})
-        came, = distributed.agree(self.signal, group=distributed.patient)   # and wait for the disk
+        received, = distributed.all_reduce_max(             # and wait for the disk
+            self.signal, group=distributed.long_timeout_group)
         self.last = time.monotonic()
-        if came:
-            name = signal.Signals(came).name
-            print(f"\nstopped by {name}; {self.path} holds all of it. To go on: the same command "
-                  f"with --resume --out {self.path.parent}")
-            raise SystemExit(128 + came)
+        if received:
+            name = signal.Signals(received).name
+            print(f"\nstopped by {name}; {self.path} is saved. To continue: the same command with "
+                  f"--resume --out {self.path.parent}")
+            raise SystemExit(128 + received)
 
     def check_data(self, state):
-        """Raises ValueError when the pictures are no longer those that the run was started on."""
-        then = state.get("data", self.data)         # files of before this check have none
-        if then != self.data:
-            raise ValueError(f"the pictures have changed since the run was started ({then}; now "
-                             f"{self.data}). Put them back, or start anew with another --out")
+        """Raises ValueError when the images are no longer those that the run was started on."""
+        if state["data"] != self.data:
+            raise ValueError(f"the images have changed since the run was started ({state['data']}; "
+                             f"now {self.data}). Restore them, or start again with another --out")

@@ -40,6 +40,15 @@ class ImageSet:
     def __len__(self):
         return len(self.images)
 
+    def subset(self, indices):
+        return ImageSet(self.images[indices], self.labels[indices], self.classes)
+
+    def get(self, indices):
+        return self.images[torch.as_tensor(indices)]
+
+    def batches(self, index_batches):
+        return (self.images[i] for i in index_batches)
+
     @property
     def labelled(self):
         return len(self.labels) > 0 and bool((self.labels >= 0).all())
@@ -277,6 +286,17 @@ def try_read(path, side):
     except OSError as error:
         print(f"skipped: {error}", file=sys.stderr)
         return None
+
+
+def evaluation_problem(name):
+    try:
+        check_labels(name)
+    except ValueError as e:
+        return str(e)
+
+
+def free_memory():
+    return 10e9
 
 
 def image_count(text):

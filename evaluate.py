@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from data import check_labels, image_count, load, normalize
-from model import load_checkpoint
+from checkpoint import load_model
 from precision import autocast
 
 KS = (10, 20, 100, 200)  # DINO's four neighbourhood sizes
@@ -174,24 +174,26 @@ def one_feature_per_code(z, codes):
 
 
 @torch.no_grad()
-def encode(student, teacher, image_set, size, batch_size=256, soft=False):
-    """Runs an ImageSet of n pictures at size x size -> {"cls": (n, d) the teacher's CLS, "ids":
-    (n, T), "z": (D, n, d) of each prefix in student.lengths, from hard symbols, "soft": the same
-    from soft mixtures, where `soft`}, on the CPU and in float32."""
-    device, batches = next(student.parameters()).device, []
-    for images in image_set.images.split(batch_size):
-        with autocast(device):
-            tokens = teacher(normalize(images.to(device), size))  # (B, N+1, d)
-            said = {"z": student.describe(tokens, hard=True)}
+def encode(student, teacher, image_set, size, precision="auto", batch_size=256, soft=False):
+    """Runs an ImageSet of n images at size x size -> {"cls": (n, d) the teacher's CLS, "space": the
+    same as the student gets it, "ids": (n, T), "z": (D, n, d) of each prefix in student.lengths,
+    from hard symbols, "soft": the same from soft assignments, where `soft`}, on the CPU, float32."""
+    device, out = next(student.parameters()).device, []
+    index_batches = torch.arange(len(image_set)).split(batch_size)
+    for images in image_set.batches(index_batches):
+        with autocast(str(device), precision):
+            z_t = teacher(normalize(images.to(device), size))                   # (B, N+1, d)
+            inputs = student.preprocess(z_t)
+            sequences = {"z": student.describe(inputs, hard=True)}
             if soft:
-                said["soft"] = student.describe(tokens, hard=False)
-        batch = {"cls": tokens[:, 0].float(), "ids": said["z"].ids}
-        for name, words in said.items():  # read in float32: bf16 would blur one code into several
-            z = student.interpret(words.embeddings.float(), words.drafts.float())
-            batch[name] = z.transpose(0, 1)                                        # (D, B, d)
-        batches.append({name: x.cpu() for name, x in batch.items()})
-    out = {name: torch.cat([batch[name] for batch in batches], dim=int(name in ("z", "soft")))
-           for name in batches[0]}
+                sequences["soft"] = student.describe(inputs)
+        batch = {"cls": z_t[:, 0].float(), "space": inputs[:, 0].float(),
+                 "ids": sequences["z"].ids}
+        for name, sequence in sequences.items():    # in float32: bfloat16 would blur codes
+            batch[name] = student.interpret(sequence.embeddings.float()).transpose(0, 1)
+        out.append({name: x.cpu() for name, x in batch.items()})
+    out = {name: torch.cat([batch[name] for batch in out], dim=int(name in ("z", "soft")))
+           for name in out[0]}
     for z, n in zip(out["z"], student.lengths):
         z.copy_(one_feature_per_code(z, out["ids"][:, :n]))
     return out
@@ -228,7 +230,7 @@ def evaluate(teacher, student, config, soft=False, probe_on="z", batch_size=256)
     sets, vocab = load_splits(config), config["vocab"]
     device = next(student.parameters()).device
     device = device if device.type == "cuda" else torch.device("cpu")  # k-NN needs float64
-    codes = [encode(student, teacher, s, config["image_size"], batch_size, soft=True) for s in sets]
+    codes = [encode(student, teacher, s, config["image_size"], config.get("precision","auto"), batch_size, soft=True) for s in sets]
     train, test = ({name: x.to(device) for name, x in code.items()} for code in codes)
     train_y, test_y = (s.labels.to(device) for s in sets)
 

@@ -3,8 +3,10 @@
     L = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j))                          (paper, section 3.3)
 
 i counts the V views, j the D granularities (prefixes of 1, 2, 4, 8 symbols), H is the cross-entropy
-of the teacher's sharpened, centred softmax with the student's softmax. extras/pretrain.py uses the
+of the teacher's sharpened, centered softmax with the student's softmax. extras/pretrain.py uses the
 same functions with one granularity to make a teacher.
+
+    python losses.py                        # the loss of a toy batch, term by term
 """
 import math
 
@@ -14,44 +16,45 @@ import torch.nn.functional as F
 import distributed
 
 
-# ------------------------------------------------------------------------------------- the teacher
+# ---- the teacher's side --------------------------------------------------------------------------
 
 @torch.no_grad()
-def sinkhorn(logits, temperature, rounds=3):
+def sinkhorn(logits, temperature, iterations=3):
     """Teacher probabilities by Sinkhorn-Knopp (SwAV; DINOv2): softmax, then prototypes used alike.
 
     logits (M, P) -> probabilities (M, P); rows sum to 1, columns to about M / P.
     """
     scaled = logits.float() / temperature
     q = (scaled - scaled.max()).exp()
-    for _ in range(rounds):
+    for _ in range(iterations):
         q = q / q.sum(0, keepdim=True).clamp(min=1e-30) / q.shape[1]         # each prototype: 1 / P
         q = q / q.sum(1, keepdim=True).clamp(min=1e-30) / q.shape[0]            # each image: 1 / M
     return q * q.shape[0]
 
 
-class TeacherSoftmax(torch.nn.Module):
+class Centering(torch.nn.Module):
     """Teacher logits -> the probabilities p_t that the student must match.
 
-    centering="centre": softmax((logits - c) / temperature), c an EMA of the batch mean (DINO).
-    centering="sinkhorn": see `sinkhorn`; needs no state and cannot collapse to one prototype.
-    centering="none": for prototypes that do not move, which need no centre.
+    kind="center": softmax((logits - c) / temperature), c an EMA of the batch mean (DINO).
+    kind="sinkhorn": see `sinkhorn`; needs no state and cannot collapse to one prototype.
+    kind="none": softmax(logits / temperature), for prototypes that are not learned.
     """
 
-    def __init__(self, prototypes, centering="centre", momentum=0.9):
+    def __init__(self, prototypes, kind, momentum=0.9):
         super().__init__()
-        self.centering, self.momentum = centering, momentum
-        self.register_buffer("centre", torch.zeros(prototypes))
+        self.kind, self.momentum = kind, momentum
+        self.register_buffer("center", torch.zeros(prototypes))
 
     @torch.no_grad()
     def forward(self, logits, temperature):
-        """logits (V, B, P) -> p_t (V, B, P); moves the centre after using it, as DINO does."""
-        if self.centering == "sinkhorn":
-            everyones = distributed.all_gather(logits.flatten(0, 1))
-            return distributed.shard(sinkhorn(everyones, temperature)).view_as(logits)
-        p = F.softmax((logits.float() - self.centre) / temperature, dim=-1)
-        if self.centering == "centre":
-            self.centre.lerp_(distributed.all_reduce_mean(logits.float().mean((0, 1))), 1 - self.momentum)
+        """logits (V, B, P) -> p_t (V, B, P); moves the center after using it, as DINO does."""
+        if self.kind == "sinkhorn":
+            of_all = distributed.all_gather(logits.flatten(0, 1))
+            return distributed.shard(sinkhorn(of_all, temperature)).view_as(logits)
+        p = F.softmax((logits.float() - self.center) / temperature, dim=-1)
+        if self.kind == "center":
+            mean = distributed.all_reduce_mean(logits.float().mean((0, 1)))
+            self.center.lerp_(mean, 1 - self.momentum)
         return p
 
 
@@ -63,15 +66,15 @@ def ema_update(target, source, momentum):
         t.lerp_(s, 1 - momentum)
 
 
-# ---------------------------------------------------------------------------------- the DINO loss
+# ---- the DINO loss -------------------------------------------------------------------------------
 
 def pair_views(p_t, views, pairing):
     """The target of each student view: (V, B, P) -> (views, B, P).
 
-    same:  view i answers for view i, as in the paper's formula.
-    cross: view i answers for every *other* view, as in DINO. H(p, q) is linear in p, so the mean
-           of the cross-entropies is the cross-entropy with the mean target. Student views beyond
-           the V that the teacher saw (pretraining's local crops) answer for all of them.
+    same:  the target of view i is that of view i, as in the paper's formula.
+    cross: it is the mean of those of every *other* view, as in DINO. H(p, q) is linear in p, so the
+           mean of the cross-entropies is the cross-entropy with the mean target. Student views
+           beyond the V of the teacher (pretraining's local crops) have the mean of all V.
     """
     v = len(p_t)
     if pairing == "same" or v == 1:
@@ -87,26 +90,27 @@ def cross_entropy(p, logits, temperature):
 
 
 def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
-    """p_t (V, B, P), student logits (D, V, B, P) -> (loss, cross-entropies (D, V)).
+    """p_t (V, B, P), student logits (D, V, B, P) -> the loss, a scalar in nats.
 
     Divided by the sum of the lambda^j, so that lambda moves weight between granularities without
     changing the learning rate; mean over views. (Both our choice.)
     """
     entropies = cross_entropy(pair_views(p_t, logits.shape[1], pairing), logits, temperature)
     weights = lam ** torch.arange(1, len(logits) + 1, device=logits.device, dtype=torch.float)
-    # a sum and not a product of matrices, which autocast would round to bf16's three digits
+    # a sum and not a matrix product, which autocast would round to bfloat16's three digits
     return (weights * entropies.mean(1)).sum() / weights.sum()
 
 
 @torch.no_grad()
 def joint_kl(p_t, logits, temperature, pairing):
-    """KL(p_t, p_s) of the first view, p_s = sum_n p_s^(n) normalised (paper, section 3.2)."""
-    target = pair_views(p_t, logits.shape[1], pairing)[0]
+    """KL(p_t, p_s) of the first view in nats, with the paper's joint distribution p_s = sum_n
+    p_s^(n), normalised (section 3.2). For the log: nothing is trained on it."""
+    target = pair_views(p_t, logits.shape[1], pairing)[0]                       # (B, P)
     joint = (logits[:, 0].float() / temperature).softmax(-1).mean(0)
     return (target * (target.clamp(min=1e-12) / joint.clamp(min=1e-12)).log()).sum(-1).mean()
 
 
-# ------------------------------------------------------------------------------- exploration terms
+# ---- exploration terms (section 3.4) -------------------------------------------------------------
 
 def entropy(p, dim=-1):
     """Shannon entropy in nats."""
@@ -121,35 +125,33 @@ def symbol_entropy(logits):
 def sequence_information(weights):
     """I(s): entropy of the symbols within one sequence, mean over images; weights (B, T, K).
 
-    0 when a sequence repeats one symbol, ln T when all T differ (our choice: the paper only says
+    0 when a sequence repeats one symbol, ln T when all T differ (our choice: the paper only states
     that repeated symbols lower the information)."""
     return entropy(weights.mean(1)).mean()
 
 
-def usage_entropy(logits):
+def mean_prediction_entropy(logits):
     """Entropy of the batch's mean prediction, per position: up with the number of symbols in use,
-    ln K when all are used alike; logits (B, T, K). Nats, mean over positions.
-
-    Our addition. With the entropy of each prediction subtracted (mutual information,
-    IMSAT, Hu et al. 2017) all positions come to say the same: each is then best off
-    repeating the easiest distinction."""
-    return entropy(distributed.all_reduce_mean(F.softmax(logits.float(), dim=-1).mean(0))).mean()
+    ln K when all are used alike; logits (B, T, K). Nats, mean over positions. Maximising it is
+    me-max of MSN (Assran et al. 2022), half of IMSAT (Hu et al. 2017); our addition."""
+    mean = distributed.all_reduce_mean(F.softmax(logits.float(), dim=-1).mean(0))
+    return entropy(mean).mean()
 
 
-def exploration_loss(weights, logits, explore, alpha, beta, balance):
-    """The paper's strategies (section 3.4): base 0; entropy -alpha H(p); info -beta I(s); combined
-    both; and -balance * `usage_entropy`, which is ours and comes on top of each."""
-    loss = logits.new_zeros(())
+def exploration_loss(sequence, explore, alpha, beta, me_max):
+    """The paper's strategies for a model.Sequence: base 0; entropy -alpha H(p); info -beta I(s);
+    combined both; and -me_max * `mean_prediction_entropy`, which is ours, on top of each."""
+    loss = sequence.logits.new_zeros(())
     if explore in ("entropy", "combined"):
-        loss = loss - alpha * symbol_entropy(logits)
+        loss = loss - alpha * symbol_entropy(sequence.logits)
     if explore in ("info", "combined"):
-        loss = loss - beta * sequence_information(weights)
-    if balance:
-        loss = loss - balance * usage_entropy(logits)
+        loss = loss - beta * sequence_information(sequence.weights)
+    if me_max:
+        loss = loss - me_max * mean_prediction_entropy(sequence.logits)
     return loss
 
 
-# --------------------------------------------------------------------------------------- schedules
+# ---- schedules and the optimizer -----------------------------------------------------------------
 
 def cosine(start, end, progress):
     """From start to end along half a cosine; progress in [0, 1]."""
@@ -168,16 +170,45 @@ def warmup_linear(start, end, step, warmup):
     return start + (end - start) * min(1.0, step / max(1, warmup))
 
 
-def parameter_groups(module):
-    """AdamW groups as in DINO: no weight decay on biases, norms and other vectors."""
-    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": matrices, "decay": True},
-            {"params": vectors, "decay": False, "weight_decay": 0.0}]
+def parameter_groups(module, slow=(), lr_scale=1.0):
+    """AdamW groups as in DINO: no weight decay on biases, norms and other vectors. slow: parameters
+    (a list) that learn at lr_scale times the learning rate, without weight decay."""
+    is_slow = {id(p) for p in slow}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in is_slow]
+    groups = [{"params": [p for p in others if p.ndim > 1], "decay": True},
+              {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+              {"params": list(slow), "weight_decay": 0.0, "lr_scale": lr_scale}]
+    return [{"decay": False, "lr_scale": 1.0} | group for group in groups if group["params"]]
 
 
 def set_schedule(optimizer, lr, weight_decay):
+    """Sets the step's learning rate and weight decay in all groups of `parameter_groups`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
         if group["decay"]:
             group["weight_decay"] = weight_decay
+
+
+def cancel_last_layer_gradient(projector):
+    """DINO: the prototypes do not move in the first epoch, until the features have settled."""
+    if hasattr(projector, "prototypes"):
+        projector.prototypes.grad = None
+
+
+def main():
+    torch.manual_seed(0)
+    views, batch, prototypes, prefixes, lam = 2, 3, 6, 4, 0.5
+    p_t = Centering(prototypes, "center")(torch.randn(views, batch, prototypes), 0.5)
+    logits = torch.randn(prefixes, views, batch, prototypes) * 0.1
+    print(f"V = {views} views, B = {batch} images, P = {prototypes} prototypes, lambda = {lam}")
+    terms = cross_entropy(pair_views(p_t, views, "same"), logits, 0.1)          # (D, V)
+    for j, row in enumerate(terms, 1):
+        weight = f"lambda^{j} = {lam ** j:<6}"
+        print(f"prefix of {2 ** (j - 1)} symbol(s)  {weight}  H(p_t, p_s) of each view: "
+              + "  ".join(f"{h:.3f}" for h in row.tolist()))
+    print(f"L = {granular_dino_loss(p_t, logits, lam, 0.1, 'same'):.3f}, their mean with these "
+          f"weights; H(p_t) = {entropy(p_t).mean():.3f} is the least it can be")
+
+
+if __name__ == "__main__":
+    main()

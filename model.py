@@ -1,51 +1,40 @@
-"""The networks, in the order in which a picture goes through them (paper, section 3.1).
+"""The networks, in the order in which an image goes through them (paper, section 3.1, Figure 2).
 
     x --E_T--> z_t --D_S--> s --discretizer--> symbols --E_S--> z_s --P_S--> p_s
-    picture    tokens       decoder            1 … T           encoder      prototypes
+    image      tokens       decoder            1 ... T          encoder      prototypes
 
-Teacher (E_T): a frozen torchvision ViT with DINO weights. Student: descriptor (D_S), discretizer,
-interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA of P_S.
+    python model.py                         # the shapes of one batch on this way
+
+Teacher (E_T): a frozen torchvision ViT with DINO weights. Student: descriptor (D_S), discretizer
+(discretize.py), interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA of
+P_S. B: images times views, N: patches, d: width, T: symbols, K: vocabulary, D: prefixes.
 """
-import argparse
-import contextlib
 import copy
 import math
-import os
-import re
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
 import discretize
 import distributed
 
-WEIGHTS = Path(__file__).parent / "weights"
-
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(c)) v: (..., L, c), (..., S, c) twice -> (..., L, c); mask (L, S),
-    True where asking is allowed. On a CPU in plain products: at our lengths (197 tokens and fewer)
-    faster than all of PyTorch's kernels there (measured in bf16)."""
+    """softmax(q k^T / sqrt(c)) v: (..., L, c), (..., S, c) twice -> (..., L, c); mask (L, S): True
+    where attention is allowed. On a CPU as plain products: at our lengths (197 tokens and fewer)
+    they are faster than PyTorch's kernels there, forward and backward together (measured)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask)
-    k = k.contiguous()                              # or matmul makes its own copy, a slower one
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+    scores = q * q.shape[-1] ** -0.5 @ k.contiguous().transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v
 
 
-def to_autocast(x):
-    """x in autocast's precision, for what is used many times and would be cast at each."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-# --------------------------------------------------------------------------------- teacher E_T, P_T
+# ---- teacher E_T, projectors P_T and P_S ---------------------------------------------------------
 
 class Teacher(nn.Module):
     """A torchvision ViT that returns all its tokens: x (B, 3, H, W) normalised -> (B,
@@ -117,8 +106,9 @@ class DINOHead(nn.Module):
     (DINO's weight-normalised last layer with its gain fixed at 1). (..., d) -> (..., P),
     values in [-1, 1]."""
 
-    def __init__(self, width, prototypes, hidden=2048, bottleneck=256, batch_norm=False):
+    def __init__(self, width, prototypes, hidden, batch_norm=False):
         super().__init__()
+        bottleneck = hidden // 8                                # DINO: 2048 and 256
         norm = distributed.BatchNorm if batch_norm else (lambda width: nn.Identity())
         self.mlp = nn.Sequential(nn.Linear(width, hidden), norm(hidden), nn.GELU(),
                                  nn.Linear(hidden, hidden), norm(hidden), nn.GELU(),
@@ -139,16 +129,16 @@ class DINOHead(nn.Module):
                             F.normalize(self.prototypes.float(), dim=-1))
 
 
-# ------------------------------------------------------------- student: D_S, discretizer, E_S, P_S
+# ---- student: D_S, discretizer, E_S, P_S ---------------------------------------------------------
 
-# Standard deviation of the start token, the CLS and the positions at initialisation: that of the
-# symbol embeddings (discretize.TABLE_STD), so that neither drowns the other.
+# Standard deviation of start token, CLS and positions at initialisation: that of the symbols'
+# embeddings (discretize.TABLE_STD), so that neither drowns the other.
 START_STD = 0.3
 
 
 class Attention(nn.Module):
     """Multi-head attention whose keys and values are computed apart from the queries, so that the
-    decoder can keep them (a KV cache)."""
+    decoder can keep them: of the teacher's tokens once, of earlier symbols in a KV cache."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -160,32 +150,19 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, x):
-        """x (B, L, d) -> keys and values, (B, heads, L, d/heads) each."""
+        """x (B, S, d) -> keys and values, (B, heads, S, d/heads) each."""
         return [self.split(part) for part in self.to_kv(x).chunk(2, -1)]
 
     def forward(self, x, keys, values, mask=None):
-        """Queries x (B, L, d) -> (B, L, d); mask (L, S), True where attention is allowed."""
+        """Queries x (B, L, d) -> (B, L, d). mask (L, S): True where attention is allowed."""
         y = attend(self.split(self.to_q(x)), keys, values, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
-
-class CrossAttention(Attention):
-    """Attention of one query per image to tokens without gradient; no keys or values are made."""
-
-    def forward(self, x, tokens, type_embedding=None):
-        to_k, to_v = to_autocast(self.to_kv.weight).unflatten(0, (2, self.heads, -1)).unbind()
-        q = self.split(self.to_q(x))[:, :, 0] * to_k.shape[1] ** -0.5           # (B, heads, c)
-        asked = torch.einsum("bhc,hcd->bhd", q, to_k)
-        scores = asked @ tokens.transpose(1, 2)
-        if type_embedding is not None:
-            of_cls = torch.einsum("bhd,d->bh", asked, type_embedding)[..., None]
-            scores = scores + F.pad(of_cls, (0, tokens.shape[1] - 1))
-        weights = scores.softmax(-1)                                            # (B, heads, S)
-        seen = weights @ tokens
-        if type_embedding is not None:
-            seen = seen + weights[..., :1] * type_embedding
-        y = torch.einsum("bhd,hcd->bhc", seen, to_v).flatten(1) + self.to_kv.bias.chunk(2)[1]
-        return self.out(y)[:, None], weights
+    def weights(self, x, keys):
+        """Queries x (B, L, d) -> attention map (B, L, S), mean over heads; rows sum to 1."""
+        q = self.split(self.to_q(x)).float()
+        scores = q @ keys.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+        return scores.softmax(-1).mean(1)
 
 
 class Block(nn.Module):
@@ -195,99 +172,112 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         if cross:
-            self.norm_cross, self.cross = nn.LayerNorm(width), CrossAttention(width, heads)
+            self.norm_cross, self.cross = nn.LayerNorm(width), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
                                  nn.Linear(4 * width, width))
 
-    def forward(self, x, memory=None, kv_cache=None, mask=None, queries=None):
-        h, weights = self.norm1(x), None
+    def forward(self, x, mask=None, queries=None):
+        """x (B, L, d) -> the same, or (B, Q, d) of the positions in the list `queries` alone."""
+        h = self.norm1(x)
         kv = self.attention.keys_values(h)
         if queries is not None:
             x, h, mask = x[:, queries], h[:, queries], mask[queries]
+        x = x + self.attention(h, *kv, mask)
+        return x + self.mlp(self.norm2(x))
+
+    def decode(self, x, memory, kv_cache):
+        """One position x (B, 1, d) of the decoder. memory: keys and values of the teacher's tokens;
+        kv_cache: those of the earlier positions, or None. -> x, the cache with this position's, and
+        the input of the cross-attention (B, 1, d)."""
+        h = self.norm1(x)
+        kv = self.attention.keys_values(h)
         if kv_cache is not None:
             kv = [torch.cat(pair, 2) for pair in zip(kv_cache, kv)]
-        x = x + self.attention(h, *kv, mask)
-        if memory is not None:
-            attended, weights = self.cross(self.norm_cross(x), *memory)
-            x = x + attended
-        return x + self.mlp(self.norm2(x)), kv, weights
+        x = x + self.attention(h, *kv)
+        query = self.norm_cross(x)
+        x = x + self.cross(query, *memory)
+        return x + self.mlp(self.norm2(x)), kv, query
 
 
 class Sequence(NamedTuple):
-    """What the descriptor emits for B images."""
-    ids: torch.Tensor               # (B, T) int64 symbols
-    weights: torch.Tensor           # (B, T, K) soft or hard choice
-    embeddings: torch.Tensor        # (B, T, d)
-    logits: torch.Tensor            # (B, T, K)
-    aux: torch.Tensor               # () the discretizer's own loss, mean over positions
+    """T symbols for each of B images."""
+    ids: torch.Tensor                       # (B, T) int64
+    weights: torch.Tensor                   # (B, T, K) soft or one-hot
+    embeddings: torch.Tensor                # (B, T, d)
+    logits: torch.Tensor                    # (B, T, K)
+    aux: torch.Tensor                       # () the discretizer's own loss, mean over positions
     attention: torch.Tensor | None = None   # (B, T, N) over the patches, rows sum to 1
-    cls_pred: torch.Tensor | None = None    # (B, T, d) of the recipe `stable`
-    codewords: torch.Tensor | None = None   # (B, T, d) of the recipe `stable`: sums so far
+    cls_pred: torch.Tensor | None = None    # (B, T, d), of stable.py
 
-
-class DecoderState:
-    """What the descriptor keeps between positions: the memory, keys and values of the positions so
-    far, and the deepest layer's attention maps."""
-
-    def __init__(self, memories):
-        self.memories, self.kv_caches, self.maps = memories, [None] * len(memories), []
+    @classmethod
+    def stack(cls, quantized, *rest):
+        """T discretize.Quantized, one a position -> Sequence."""
+        stack = lambda name: torch.stack([getattr(q, name) for q in quantized], 1)  # noqa: E731
+        return cls(stack("ids"), stack("weights"), stack("embedding"), stack("logits"),
+                   torch.stack([q.aux for q in quantized]).mean(), *rest)
 
 
 class Descriptor(nn.Module):
-    """D_S: emits T symbols, one after the other (paper, section 3.1)."""
+    """D_S: an autoregressive decoder with cross-attention to the teacher's tokens (3.1)."""
 
-    sees_cls = True
+    attends_to_cls = True
 
     def __init__(self, width, depth, heads, length):
         super().__init__()
         self.length = length
-        self.start = nn.Parameter(torch.randn(1, 1, width) * START_STD)
+        self.start = nn.Parameter(torch.randn(width) * START_STD)
         self.position = nn.Parameter(torch.randn(length, width) * START_STD)
-        self.type_embedding = nn.Parameter(torch.randn(width)) if self.sees_cls else None
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
+        # BatchNorm, one per position, and not LayerNorm (our choice): it takes away what all images
+        # have in common, which otherwise decides the symbol, one for all images.
         self.norms = nn.ModuleList(
             distributed.BatchNorm(width, affine=False) for _ in range(length))
 
     def start_state(self, z_t):
-        memory = ((to_autocast(z_t), to_autocast(self.type_embedding)) if self.sees_cls
-                  else (to_autocast(z_t[:, 1:]), None))
-        return DecoderState([memory] * len(self.blocks))
+        """z_t (B, N+1, d) -> what is kept between positions: per block the keys and values of the
+        tokens and of the positions so far, and the queries of the deepest cross-attention."""
+        tokens = z_t if self.attends_to_cls else z_t[:, 1:]
+        return {"memory": [block.cross.keys_values(tokens) for block in self.blocks],
+                "kv_cache": [None] * len(self.blocks), "queries": []}
 
     def step(self, x, t, state):
-        """x (B, d) with its position -> the decoder's output (B, d) at position t."""
-        x = x[:, None]                                                          # (B, 1, d)
+        """The embedding x (B, d) of the symbol before -> the decoder's output (B, d) at t."""
+        x = (x + self.position[t])[:, None]                                     # (B, 1, d)
         for i, block in enumerate(self.blocks):
-            x, state.kv_caches[i], weights = block(x, state.memories[i], state.kv_caches[i])
-        state.maps.append(weights.float().mean(1))
+            x, state["kv_cache"][i], query = block.decode(x, state["memory"][i],
+                                                          state["kv_cache"][i])
+        state["queries"].append(query)
         return self.norms[t](x[:, 0].float())
 
     def attention_maps(self, state):
-        """-> (B, T, N)"""
-        maps = torch.stack(state.maps, 1)                                       # (B, T, N + 1 or N)
-        if self.sees_cls:
+        """-> (B, T, N): the deepest block's cross-attention of each symbol to the patches (paper,
+        Figure 1), mean over heads. The CLS is no place in the image: its share is left out."""
+        keys, _ = state["memory"][-1]
+        maps = self.blocks[-1].cross.weights(torch.cat(state["queries"], 1), keys)
+        if self.attends_to_cls:
             maps = maps[..., 1:] / maps[..., 1:].sum(-1, keepdim=True)
         return maps
 
     def forward(self, z_t, disc, hard=False, attention=False):
-        """z_t (B, N+1, d) -> Sequence."""
-        state, emitted = self.start_state(z_t), []
-        x = self.start[:, 0].expand(len(z_t), -1)                               # (B, d)
+        """z_t (B, N+1, d) -> Sequence. The embedding of each symbol *after* discretisation is the
+        next input, in training and in evaluation alike (our choice: nothing to force exists)."""
+        state, quantized = self.start_state(z_t), []
+        x = self.start.expand(len(z_t), -1)                                     # (B, d)
         for t in range(self.length):
-            h = self.step(x + self.position[t], t, state)
-            emitted.append(disc(h, hard))
-            x = emitted[-1].embedding
-        return self.sequence(emitted, state, attention)
-
-    def sequence(self, emitted, state, attention, **more):
-        stack = lambda name: torch.stack([getattr(q, name) for q in emitted], 1)  # noqa: E731
-        return Sequence(stack("ids"), stack("weights"), stack("embedding"), stack("logits"),
-                        torch.stack([q.aux for q in emitted]).mean(),
-                        self.attention_maps(state) if attention else None, **more)
+            h = self.step(x, t, state)
+            q = disc(h, hard)
+            x = q.embedding
+            quantized.append(q)
+        return Sequence.stack(quantized, self.attention_maps(state) if attention else None)
 
 
 class Interpreter(nn.Module):
-    """E_S"""
+    """E_S: reads the prefixes of 1, 2, 4, ... T symbols; z_s^(n) is its CLS output (3.2).
+
+    All prefixes lie side by side in one sequence, [CLS s1][CLS s1 s2][CLS s1 ... s4] ..., and a
+    block-diagonal mask keeps them apart: one pass instead of four, the same numbers.
+    """
 
     def __init__(self, width, depth, heads, length):
         super().__init__()
@@ -307,45 +297,76 @@ class Interpreter(nn.Module):
         x = torch.cat([self.cls.expand(len(embeddings), -1, -1), embeddings + self.position], 1)
         x = x[:, self.packed]                                                   # (B, 2T - 1 + D, d)
         for block in self.blocks[:-1]:
-            x, *_ = block(x, mask=self.mask)
-        x, *_ = self.blocks[-1](x, mask=self.mask, queries=self.cls_positions)  # (B, D, d)
+            x = block(x, self.mask)
+        x = self.blocks[-1](x, self.mask, self.cls_positions)                   # (B, D, d)
         return self.out(self.norm(x))
 
 
 class Student(nn.Module):
-    """Descriptor, discretizer, interpreter and projector."""
+    """Descriptor, discretizer, interpreter and projector of the paper, for a teacher of `width`.
+    args: train.py's flags. Another recipe subclasses this and changes what it must."""
 
     descriptor_class = Descriptor
+    defaults = {}                           # of flags, where they are not those of train.py
 
-    def __init__(self, args, width, projector):
+    @staticmethod
+    def add_flags(add):
+        """The paper has no flags of its own."""
+
+    def __init__(self, args, width):
+        """Raises ValueError for sizes that do not fit."""
         super().__init__()
-        length = args.length
-        disc = discretize.build(args.disc, width, args.vocab, args)
-        self.descriptor = self.descriptor_class(width, args.descriptor_depth, args.descriptor_heads, length)
-        self.interpreter = Interpreter(width, args.interpreter_depth, args.interpreter_heads, length)
+        if args.length < 1 or args.length & (args.length - 1):
+            raise ValueError("--length must be a power of two (prefixes of 1, 2, 4, ...), "
+                             f"not {args.length}")
+        for name in ("descriptor", "interpreter"):
+            if width % getattr(args, name)[1]:
+                raise ValueError(f"--{name}: {getattr(args, name)[1]} heads do not divide the "
+                                 f"teacher's width {width}")
+        self.descriptor = self.descriptor_class(width, *args.descriptor, args.length)
+        self.interpreter = Interpreter(width, *args.interpreter, args.length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
+            # PyTorch's own start is 1.7 times narrower: every image gets the same symbols
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.disc, self.projector = disc, projector
+        self.disc = self.build_discretizer(args, width)
+        self.projector, self.teacher_projector = self.build_projectors(args, width)
         self.lengths = self.interpreter.lengths
 
-    @staticmethod
-    def build_projectors(args, width):
-        projector = DINOHead(width, args.prototypes, args.hidden, args.bottleneck)
+    def build_discretizer(self, args, width):
+        return discretize.build(args, width)
+
+    def build_projectors(self, args, width):
+        """P_S, and P_T = its EMA (losses.ema_update moves it)."""
+        projector = DINOHead(width, args.prototypes, args.hidden)
         return projector, copy.deepcopy(projector).requires_grad_(False)
 
-    def fit(self, teacher, images, augment, args):
-        pass
+    def fit(self, encode):
+        """Called once before step 1. encode(n, augmented=False) -> z_t (n, N+1, d) of the first n
+        training images."""
+
+    def slow_parameters(self):
+        """Parameters that learn at --codebook-lr times the learning rate; here none."""
+        return []
 
     def preprocess(self, z_t):
+        """The teacher's tokens (B, N+1, d) as the student gets them: as they are."""
         return z_t
 
     def describe(self, z_t, hard=False, attention=False):
+        """s = D_S(z_t): (B, N+1, d) -> Sequence. hard: argmax, as in every reported figure;
+        attention: also the maps."""
         return self.descriptor(z_t, self.disc, hard, attention)
 
-    def interpret(self, sequence):
-        return self.interpreter(sequence.embeddings)
+    def interpret(self, embeddings):
+        """z_s^(n) = E_S(s[:n]): embeddings (B, T, d) of a Sequence -> (B, D, d)."""
+        return self.interpreter(embeddings)
+
+    def embed(self, ids):
+        """Symbols (B, T) int64 -> their embeddings (B, T, d): all that a receiver needs."""
+        return self.disc.codebook[ids]
 
     def extra_loss(self, sequence, z_s, z_t):
+        """What a recipe adds to the paper's loss: nothing."""
         return 0.0

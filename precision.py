@@ -8,6 +8,7 @@ it is about a hundred times slower (PyTorch issues 118499, 86270). No flag of th
 so two small products are timed, once per process.
 """
 import functools
+import platform
 import sys
 import time
 
@@ -64,6 +65,14 @@ def autocast(device, name="auto"):
     kind, name = torch.device(device).type, resolve(str(device), name)
     dtype = torch.bfloat16 if name == "float32" else getattr(torch, name)       # any: it is off
     return torch.autocast(kind, dtype, enabled=name != "float32")
+
+
+def hardware_info(device):
+    """What a run's figures of speed depend on: plain values for config.json."""
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(),
+            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "bfloat16_slowdown": round(bfloat16_slowdown(), 2), "gpu": gpu}
 
 
 if __name__ == "__main__":

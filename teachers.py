@@ -123,7 +123,7 @@ def hub_teacher(name):
             part.unlink()
 
 
-def build_teacher(name, random_weights=False):
+def load_teacher(name, random_weights=False):
     """The frozen teacher `name`: one of HUB (downloaded once), a name in weights/, or a file with
     DINO's or our own weights. random_weights: the architecture of a HUB name, untrained, to try
     sizes without a network. Raises ValueError or OSError with what to do."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 
 from data import load, normalize, read_image
-from model import load_checkpoint
+from checkpoint import load_model
 
 WIDTH, MARGIN, GAP = 1400, 24, 8        # pixels: the widest figure, its border, between images
 CELL, CHIP, COLUMNS = 112, 22, 8        # an image's side, a chip's height, images in a line
@@ -91,7 +91,7 @@ def read(teacher, student, images, size, attention=False):
     ids, masks = [], []
     for batch in images.split(128):
         tokens = teacher(normalize(batch.to(device), size))                     # (B, N+1, d)
-        said = student.describe(tokens, hard=True, attention=attention)
+        said = student.describe(student.preprocess(tokens), hard=True, attention=attention)
         ids.append(said.ids.cpu())
         masks += [said.attention.float().cpu()] if attention else []
     return torch.cat(ids), torch.cat(masks) if attention else None
