@@ -1,25 +1,27 @@
-"""Pictures: the embedded data set `shapes`, public data sets, your own folders, augmented views.
+"""Images: folders, public data sets, the drawn `shapes`, and augmented views of them.
 
-    python data.py                  # draws 96 pictures of `shapes` into shapes.png
-    python data.py cifar10          # the same for another data set (or folder:PATH)
+    python data.py                          # draws 8 images of `shapes` and their views: data.png
+    python data.py folder:PATH              # the same for a folder, or for cifar10, cifar100, stl10
 
-Images stay uint8 in memory, (n, 3, H, W); a batch becomes float only on the training device, where
-the V augmented views are made for the whole batch at once.
+Images are (n, 3, H, W) uint8. They are in memory or, where a folder does not fit, streamed by
+worker processes; both give the same images in the same order. A batch becomes float on the training
+device only, where the V augmented views are made for the whole batch at once.
 """
 import hashlib
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.utils import save_image
 
 import distributed
+import shapes
+from folder import ImageFiles, image_size, list_folder, read_image  # noqa: F401
 
 # ImageNet statistics, because the official DINO weights expect them; our own teachers use the same.
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -28,156 +30,60 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 @dataclass
 class ImageSet:
-    """n pictures in memory. `labels` are -1 where a picture has none; `factors` and `masks` (True
-    on the object) exist for `shapes` only; `skipped` counts the files that could not be read."""
-    images: torch.Tensor                            # (n, 3, H, W) uint8
-    labels: torch.Tensor                            # (n,) int64
+    """n images, in memory or streamed from their files."""
+    images: torch.Tensor | None                     # (n, 3, H, W) uint8; None where streamed
+    labels: torch.Tensor                            # (n,) int64, -1 for an image without a class
     classes: list
-    factors: dict = field(default_factory=dict)     # name -> (n,) int64
-    masks: torch.Tensor | None = None               # (n, H, W) bool
-    skipped: int = 0
+    factors: dict = field(default_factory=dict)     # `shapes` only: name -> (n,) int64
+    masks: torch.Tensor | None = None               # `shapes` only: (n, H, W) bool, True on object
+    files: "ImageFiles | None" = None               # folders only
 
     def __len__(self):
-        return len(self.images)
-
-    def subset(self, indices):
-        return ImageSet(self.images[indices], self.labels[indices], self.classes)
-
-    def get(self, indices):
-        return self.images[torch.as_tensor(indices)]
-
-    def batches(self, index_batches):
-        return (self.images[i] for i in index_batches)
+        return len(self.files if self.images is None else self.images)
 
     @property
     def labelled(self):
         return len(self.labels) > 0 and bool((self.labels >= 0).all())
 
+    @property
+    def skipped(self):
+        """How many files of the folder have turned out to be unreadable so far."""
+        return len(self.files.unreadable) if self.files else 0
+
+    def subset(self, indices):
+        """The images at `indices` (1-d int64) as an ImageSet; no file is opened."""
+        images, labels, masks = (None if x is None else x[indices]
+                                 for x in (self.images, self.labels, self.masks))
+        factors = {name: values[indices] for name, values in self.factors.items()}
+        files = self.files and self.files.subset(indices)
+        return ImageSet(images, labels, self.classes, factors, masks, files)
+
+    def get(self, indices):
+        """Indices (b,) int64 -> (b, 3, H, W) uint8. Raises OSError if no file can be read."""
+        return next(self.batches([indices]))
+
+    def batches(self, index_batches):
+        """Yields (b, 3, H, W) uint8 for each of `index_batches`, a list of (b,) int64, in order.
+        PyTorch's random state is left as it is. Raises OSError if no file can be read."""
+        if self.images is None:
+            yield from self.files.batches(index_batches)
+        else:
+            yield from (self.images[indices] for indices in index_batches)
+
     def fingerprint(self):
-        """Their number and a hash of the labels and a few pixels of each: have they changed?"""
-        some = self.images[:, :, self.images.shape[2] // 2, ::8]                # (n, 3, W / 8)
-        digest = hashlib.sha256(self.labels.numpy().tobytes() + some.numpy().tobytes())
-        return f"{len(self)} pictures, {digest.hexdigest()[:12]}"
+        """A line that differs if the images do: a hash of the labels and, for folders, of names
+        and sizes of the files, which says the same in memory and streamed; else of some pixels."""
+        if self.files:
+            content = self.files.names_and_sizes()
+        else:
+            content = self.images[:, :, self.images.shape[2] // 2, ::8].numpy().tobytes()
+        digest = hashlib.sha256(self.labels.numpy().tobytes() + content)
+        return f"{len(self)} images, {digest.hexdigest()[:12]}"
 
 
-# ---------------------------------------------------------------- shapes: drawn from (seed, index)
-
-FACTORS = {
-    "shape": ["disc", "ring", "square", "triangle", "star", "cross", "crescent", "heart",
-              "hourglass", "bars"],
-    "colour": ["red", "orange", "yellow", "green", "cyan", "azure", "violet", "magenta"],
-    "size": ["small", "medium", "large"],
-    "column": ["left", "centre", "right"],
-    "row": ["top", "middle", "bottom"],
-}
-HUES = torch.tensor([0.0, 30.0, 58.0, 120.0, 180.0, 212.0, 268.0, 312.0])  # degrees, one per colour
-RADII = torch.tensor([7.0, 9.0, 11.0])                                        # pixels, one per size
-SIDE = 32
-
-
-def signed_distance(kind, x, y):
-    """Distance to the outline of FACTORS["shape"][kind], negative inside, for points in units of
-    the object's radius; exact near the outline, which is all that anti-aliasing needs."""
-    ax, ay, r = x.abs(), y.abs(), (x * x + y * y).sqrt()
-    if kind == 0:                                                               # disc
-        return r - 0.9
-    if kind == 1:                                                               # ring
-        return (r - 0.68).abs() - 0.24
-    if kind == 2:                                                               # square
-        return torch.maximum(ax, ay) - 0.8
-    if kind == 3:                                                               # triangle, tip up
-        return torch.maximum(0.866 * ax - 0.5 * y, y) - 0.5
-    if kind == 4:                                                          # star: one fifth, folded
-        fifth = 2 * torch.pi / 5
-        angle = torch.atan2(x, -y)
-        angle = (angle - fifth * torch.round(angle / fifth)).abs()
-        # the edge runs from the tip (1, 0) to the notch at half a fifth, radius 0.42
-        return (r * angle.cos() - 1.0) * 0.350 + r * angle.sin() * 0.937
-    if kind == 5:                                                               # cross
-        return torch.minimum(torch.maximum(ax - 0.95, ay - 0.28),
-                             torch.maximum(ay - 0.95, ax - 0.28))
-    if kind == 6:                                                               # crescent
-        return torch.maximum(r - 0.95, 0.72 - ((x - 0.42) ** 2 + y * y).sqrt())
-    if kind == 7:                                                        # heart: two discs, a wedge
-        lobes = ((ax - 0.42) ** 2 + (y + 0.35) ** 2).sqrt() - 0.48
-        wedge = torch.maximum(0.755 * ax + 0.656 * y - 0.60, -0.35 - y)
-        return torch.minimum(lobes, wedge)
-    if kind == 8:                                                               # hourglass
-        return torch.maximum(ay - 0.85, 0.78 * (ax - 0.8 * ay) - 0.06)
-    return torch.maximum(ax - 0.85, (ay - 0.5).abs() - 0.22)                    # two bars
-
-
-def hsv_to_rgb(hue, saturation, value):
-    """(n,) degrees, (n,) and (n,) in [0, 1] -> (n, 3, 1, 1) in [0, 1]."""
-    k = (torch.tensor([5.0, 3.0, 1.0]) + hue[:, None] / 60) % 6              # the usual closed form
-    rgb = value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
-    return rgb[..., None, None]
-
-
-def draw_shapes(indices, seed=0):
-    """Pictures `indices` of stream `seed` -> (images (n, 3, 32, 32) uint8, factors, masks).
-
-    Picture i depends on (seed, i) alone. Philox is a counter-based generator whose raw output numpy
-    guarantees to be the same on every machine and in every version; 24 numbers choose the picture,
-    the rest is its pixel noise. Backgrounds are plain and dim on purpose (our choice): with busy
-    ones a self-supervised teacher learns the background, the cheaper cue.
-    """
-    raw = np.stack([np.random.Philox(key=[seed, int(i)]).random_raw(24 + 3 * SIDE * SIDE // 8)
-                    for i in indices])
-    u = (raw[:, :24] >> np.uint64(40)).astype(np.float32) / 2**24
-    u = torch.from_numpy(u)                                                     # (n, 24) in [0, 1)
-    noise = np.ascontiguousarray(raw[:, 24:]).view(np.uint8)
-    noise = torch.from_numpy(noise.reshape(-1, 3, SIDE, SIDE))
-    factors = {name: (u[:, k] * len(values)).long()
-               for k, (name, values) in enumerate(FACTORS.items())}
-
-    # Background: a dim, nearly grey colour with faint stripes of any direction and width.
-    axis = torch.arange(SIDE) + 0.5
-    py, px = torch.meshgrid(axis, axis, indexing="ij")                      # (32, 32) pixel centres
-    col = lambda k: u[:, k, None, None]                                      # noqa: E731  (n, 1, 1)
-    turn = torch.pi * col(5)
-    wave = ((px * turn.cos() + py * turn.sin()) * (0.3 + 0.7 * col(6)) + 6.28 * col(7)).sin()
-    ground = hsv_to_rgb(360 * u[:, 8], 0.25 * u[:, 9], 0.18 + 0.2 * u[:, 10])
-    ground = ground * (1 + 0.15 * col(11) * wave)[:, None]                       # (n, 3, 32, 32)
-
-    # Object: position, size and angle are jittered: a factor is a category and not a number.
-    cx = 16 + 3.5 * (factors["column"][:, None, None] - 1) + 2 * col(12) - 1
-    cy = 16 + 3.5 * (factors["row"][:, None, None] - 1) + 2 * col(13) - 1
-    radius = RADII[factors["size"]][:, None, None] * (0.95 + 0.1 * col(14))
-    angle = 0.5 * col(15) - 0.25                                       # radians, about +-14 degrees
-    dx, dy = (px - cx) / radius, (py - cy) / radius
-    x, y = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
-    distance = torch.empty_like(x)
-    for kind in range(len(FACTORS["shape"])):
-        chosen = factors["shape"] == kind
-        distance[chosen] = signed_distance(kind, x[chosen], y[chosen])
-    cover = (0.5 - distance * radius).clamp(0, 1)                   # (n, 32, 32) share of the pixel
-
-    hue = HUES[factors["colour"]] + 16 * u[:, 16] - 8
-    paint = hsv_to_rgb(hue, 0.7 + 0.3 * u[:, 17], 0.75 + 0.25 * u[:, 18])
-    paint = paint * (1 - 0.25 * col(19) * (dx * (6.28 * col(20)).cos() + dy).clamp(-1, 1))[:, None]
-    picture = ground + cover[:, None] * (paint - ground)
-    picture = picture * 255 + (noise.float() - 127.5) * (0.1 * u[:, 21])[:, None, None, None]
-    return picture.round().clamp(0, 255).byte(), factors, cover > 0.5
-
-
-def load_shapes(split, size, limit, seed):
-    """50 000 train or 10 000 test pictures; the splits are different streams of the generator."""
-    n = limit or {"train": 50_000, "test": 10_000}[split]
-    stream = 2 * seed + (split == "test")
-    parts = [draw_shapes(range(i, min(i + 2000, n)), stream) for i in range(0, n, 2000)]
-    images, factors, masks = zip(*parts)
-    factors = {name: torch.cat([f[name] for f in factors]) for name in FACTORS}
-    return ImageSet(torch.cat(images), factors["shape"], FACTORS["shape"], factors,
-                    torch.cat(masks))
-
-
-# ------------------------------------------------------------------------------- real photographs
+# ----------------------------------------------------------------------------- sources of images
 
 DATA_DIR = Path("data")                             # where torchvision downloads to
-# What IMG_EXTENSIONS stand for, and GIF, whatever the file's name is. Pillow knows more formats;
-# for EPS it would run ghostscript on a stranger's program.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PUBLIC = {
     "cifar10": lambda split: datasets.CIFAR10(DATA_DIR, split == "train", download=True),
     "cifar100": lambda split: datasets.CIFAR100(DATA_DIR, split == "train", download=True),
@@ -185,7 +91,7 @@ PUBLIC = {
 }
 
 
-def load_public(name, split, size, limit, seed):
+def load_public(name, split, limit, seed):
     """CIFAR-10/100 and STL-10 through torchvision; OSError when they cannot be downloaded."""
     try:
         source = PUBLIC[name](split)
@@ -196,107 +102,65 @@ def load_public(name, split, size, limit, seed):
     labels = torch.tensor(source.labels if name == "stl10" else source.targets)
     images = torch.from_numpy(np.asarray(source.data))
     images = images if name == "stl10" else images.permute(0, 3, 1, 2)          # -> (n, 3, H, W)
-    keep = subset(len(images), limit, seed)
-    return ImageSet(images[keep].contiguous(), labels[keep].long(), list(source.classes))
+    chosen = choose(len(images), limit, seed)
+    return ImageSet(images[chosen].contiguous(), labels[chosen].long(), list(source.classes))
 
 
-def subset(n, limit, seed):
+def choose(n, limit, seed):
     """Indices of a random subset, one for each seed: files and labels come sorted by class."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return order[:limit].sort().values if limit else torch.arange(n)
 
 
-def read_image(path, side):
-    """A file's central square, turned upright as its EXIF says, as RGB (3, side, side) uint8.
-    Raises OSError naming the file when it is missing, damaged or no image."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            # A JPEG at 1/2, 1/4 or 1/8 of its size, while it stays twice as large as is wanted: a
-            # tenth of the time for 12 megapixels, and under 2 grey levels of difference
-            image.draft("RGB", (2 * side, 2 * side))
-            ImageOps.exif_transpose(image, in_place=True)
-            # The crop comes before the resizing: 1 x 60000 pixels must not become gigabytes
-            square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    except Exception as error:                      # Pillow raises many kinds on damaged files
-        raise OSError(f"cannot read image {path}: {error}") from None
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
-
-def list_folder(path, split):
-    """PATH/train/<class>/… and PATH/test/<class>/…, or for train a flat PATH, no picture opened ->
-    (n files, n labels, -1 without a class, names of classes). Raises FileNotFoundError."""
-    root = Path(path) / split if (Path(path) / split).is_dir() else Path(path)
-    if not root.is_dir() or (root == Path(path) and split == "test"):
-        raise FileNotFoundError(f"no folder {Path(path) / split}; expected PATH/train/<class>/… "
-                                "and PATH/test/<class>/… (a flat folder of pictures is enough for "
-                                "train.py --no-evaluate and extras.page --split train)")
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
-        raise FileNotFoundError(f"no images in {root} (looked for {' '.join(IMG_EXTENSIONS)})")
-    classes = sorted({f.relative_to(root).parts[0] for f in files if f.parent != root})
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [number[f.relative_to(root).parts[0]] if f.parent != root else -1 for f in files]
-    return files, labels, classes
-
-
-def check_labels(name):
-    """Whether the data set `name` can be scored, before hours go into it. Raises ValueError for a
-    folder without classes, or with others in test than in train, OSError for one without test."""
-    if not name.startswith("folder:"):
-        return
-    (_, labels, classes), (_, test_labels, test_classes) = (
-        list_folder(name[len("folder:"):], split) for split in ("train", "test"))
-    if -1 in labels + test_labels:
-        raise ValueError(f"{name} has images without a class: put them into PATH/train/<class>/… "
-                         "and PATH/test/<class>/…, or train with --no-evaluate")
-    if classes != test_classes:
-        odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
-        raise ValueError(f"{name}: only one of train and test has the class folders {odd}")
-
-
-def load_folder(path, split, size, limit, seed):
-    """The pictures of `list_folder` as squares of size * 8/7 pixels (256 for 224, as DINO does),
-    or smaller if the first one is smaller. Unreadable files are named, skipped and counted."""
-    files, labels, classes = list_folder(path, split)
-    chosen = subset(len(files), limit, seed).tolist()
-    files, labels, side = [files[i] for i in chosen], [labels[i] for i in chosen], size * 8 // 7
-    with ThreadPoolExecutor() as pool:
-        sizes = next((s for s in pool.map(image_size, files) if s), (side,))
-        side = min(side, *sizes)
-        tensors = list(pool.map(lambda f: try_read(f, side), files))
-    kept = [i for i, t in enumerate(tensors) if t is not None]
-    if not kept:
-        raise OSError(f"none of the {len(files)} images chosen in {path} can be read")
-    images, labels = torch.stack([tensors[i] for i in kept]), [labels[i] for i in kept]
-    return ImageSet(images, torch.tensor(labels), classes, skipped=len(files) - len(kept))
-
-
-def image_size(path):
-    """(width, height) without decoding the pixels; None when the file is no image."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.size
-    except Exception:
-        return None
-
-
-def try_read(path, side):
-    try:
-        return read_image(path, side)
-    except OSError as error:
-        print(f"skipped: {error}", file=sys.stderr)
-        return None
-
-
-def evaluation_problem(name):
-    try:
-        check_labels(name)
-    except ValueError as e:
-        return str(e)
+ASSUMED_FREE_MEMORY = 4 * 10**9                     # bytes, where the system does not say
 
 
 def free_memory():
-    return 10e9
+    """(bytes of memory that are free, "free"), or a guess where there is no /proc/meminfo."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * int(free), "free"
+    except (OSError, StopIteration):
+        return ASSUMED_FREE_MEMORY, "free memory, as is assumed"
+
+
+def fits_in_memory(what, n, side, storage):
+    """Whether n images go into memory, and a printed line that says why: `storage` demands it, or
+    is "auto" and the copies of all processes take no more than half of the free memory (the other
+    half is for the copies that subsets make)."""
+    processes = distributed.world_size()
+    need, (free, word) = 3 * n * side**2 * processes, free_memory()
+    small = need <= free / 2
+    reason = (f"--storage {storage}" if storage != "auto" else
+              f"{'at most' if small else 'more than'} half of the {free / 1e6:.0f} MB {word}")
+    memory = storage == "memory" or storage == "auto" and small
+    print(f"{what}: {n} images of {side} x {side} pixels, {need / 1e6:.1f} MB for {processes} "
+          f"{'process' if processes == 1 else 'processes'}, are "
+          f"{'held in memory' if memory else 'streamed from their files'} ({reason})")
+    return memory
+
+
+def load_folder(path, split, size, limit, seed, storage):
+    """The images of `list_folder` as squares of size * 8/7 pixels (256 for 224, as DINO does), or
+    smaller if the first one is smaller."""
+    root, names, labels, classes, ignored = list_folder(path, split)
+    if ignored:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common())
+        print(f"{root}: ignored {ignored.total()} files: {kinds}")
+    names, labels = np.array([os.fsencode(name) for name in names]), torch.tensor(labels)
+    chosen = choose(len(names), limit, seed)
+    labels = labels[chosen]
+    files = ImageFiles(root, names[chosen.numpy()], labels.numpy(), size * 8 // 7)
+    sizes = (image_size(files.path(i)) for i in range(len(files)))
+    files.side = min(files.side, *next(filter(None, sizes), (files.side,)))
+    images = None
+    if fits_in_memory(f"folder:{root}", len(files), files.side, storage):
+        images = torch.empty(len(files), 3, files.side, files.side, dtype=torch.uint8)
+        parts = torch.arange(len(files)).split(128)
+        for part, pixels in zip(parts, files.batches(parts)):
+            images[part] = pixels
+    return ImageSet(images, labels, classes, files=files)
 
 
 def image_count(text):
@@ -304,18 +168,42 @@ def image_count(text):
     return None if text == "all" else int(text)
 
 
-def load(name, split, size, limit=None, seed=0):
+def load(name, split, size, limit=None, seed=0, storage="auto"):
     """The data set `name` (shapes, cifar10, cifar100, stl10 or folder:PATH), split train or test,
-    as an ImageSet of at most `limit` pictures. Raises ValueError for an unknown name, OSError for
-    what cannot be had; both say what to do."""
-    if name == "shapes":
-        return load_shapes(split, size, limit, seed)
-    if name in PUBLIC:
-        return load_public(name, split, size, limit, seed)
+    as an ImageSet of at most `limit` images. storage: `memory`, `stream` or `auto`, see
+    `fits_in_memory`. Raises ValueError for an unknown name, OSError for what cannot be had; both
+    say what to do."""
     if name.startswith("folder:"):
-        return load_folder(name[len("folder:"):], split, size, limit, seed)
+        return load_folder(name[len("folder:"):], split, size, limit, seed, storage)
+    if storage == "stream":
+        raise ValueError(f"--storage stream is for folder:PATH; {name} is always held in memory")
+    if name == "shapes":
+        images, factors, masks = shapes.load(split, limit, seed)
+        return ImageSet(images, factors["shape"], shapes.FACTORS["shape"], factors, masks)
+    if name in PUBLIC:
+        return load_public(name, split, limit, seed)
     raise ValueError(f"unknown data set {name!r}; choose shapes, {', '.join(PUBLIC)} "
                      "or folder:PATH")
+
+
+def evaluation_problem(name):
+    """Why the data set `name` cannot be scored, in one sentence, or None where it can. Opens no
+    image. Raises FileNotFoundError for a folder without images to train on."""
+    if not name.startswith("folder:"):
+        return None
+    path = name[len("folder:"):]
+    _, _, labels, classes, _ = list_folder(path, "train")
+    try:
+        _, _, test_labels, test_classes, _ = list_folder(path, "test")
+    except FileNotFoundError:
+        return f"{name} cannot be scored because it has no test images in {path}/test/<class>/…"
+    if -1 in labels + test_labels:
+        return (f"{name} cannot be scored because some images have no class; their places are "
+                f"{path}/train/<class>/… and {path}/test/<class>/…")
+    if classes != test_classes:
+        odd = ", ".join(sorted({*classes} ^ {*test_classes}))
+        return f"{name} cannot be scored because only train or only test has the classes {odd}"
+    return None
 
 
 # ------------------------------------------------------------------------------------------- views
@@ -437,12 +325,24 @@ def augmentation(name, size):
     return AUGMENT.get(name, AUGMENT["small photographs" if size < 64 else "photographs"])
 
 
+def main(name="shapes"):
+    """Prints what the training images of `name` are and draws 8 of them, each with 7 views."""
+    folder = name.startswith("folder:")
+    images = load(name, "train", 224, None if folder else 1000, 0, "stream" if folder else "auto")
+    shown = images.get(torch.linspace(0, len(images) - 1, 8).long())                # (8, 3, H, W)
+    size, counts = min(224, shown.shape[-1]), images.labels[images.labels >= 0].bincount().tolist()
+    print(f"{name}: {len(images)} train images, {shown.shape[-1]} x {shown.shape[-1]} pixels")
+    print("classes:", ", ".join(map("{} {}".format, images.classes, counts)) or "none")
+    augment = augmentation(name, size)
+    views = torch.cat([normalize(shown, size)[None], augment(shown, 7, size)])      # (8, 8, 3, ...)
+    print(f"views of {size} x {size} pixels: {augment}")
+    views = (views * STD + MEAN).transpose(0, 1).flatten(0, 1).clamp(0, 1)
+    save_image(F.interpolate(views, (96, 96)), "data.png", nrow=8)
+    print("data.png: a row for each of 8 images, then 7 views of it")
+
+
 if __name__ == "__main__":
-    from torchvision.utils import save_image
-    name = sys.argv[1] if len(sys.argv) > 1 else "shapes"
-    pictures = load(name, "train", 224, 96).images
-    large = F.interpolate(pictures.float() / 255, scale_factor=3)
-    save_image(large, f"{name.split(':')[0]}.png", nrow=16)
-    views = augmentation(name, pictures.shape[-1])(pictures[:16], 6, pictures.shape[-1])
-    large = F.interpolate(views.flatten(0, 1) * STD + MEAN, scale_factor=3)
-    save_image(large, "views.png", nrow=16)
+    try:
+        main(*sys.argv[1:2])
+    except (OSError, ValueError) as error:
+        sys.exit(f"data.py: {error}")

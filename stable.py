@@ -26,6 +26,7 @@ from progress import Progress
 CLS_PRED_WEIGHT = 4         # of cls_pred's error, times --regression: all symbols depend on it
 KMEANS_ITERATIONS = 25
 FIT_IMAGES = 20000          # for whitening and k-means, at most
+RCA_IMAGES = 4000           # of these, whose neighbours (among all) are averaged
 WITHIN_IMAGES = 2000        # whose augmented views are compared
 WITHIN_RIDGE, RCA_RIDGE = 0.01, 0.1     # of the two whitenings; 0.001 to 0.1 gave the same
 
@@ -40,16 +41,23 @@ def kmeans(x, count, iterations=KMEANS_ITERATIONS):
                          "or --prototypes, or take more images")
     centroids = x[torch.randperm(len(x))[:count].to(x.device)]
     for _ in range(iterations):
-        assigned = F.one_hot(torch.cdist(x, centroids).argmin(-1), count).float()    # (n, count)
-        size = assigned.sum(0)[:, None]
-        centroids = torch.where(size > 0, assigned.T @ x / size.clamp(min=1), centroids)
+        nearest = nearest_centroid(x, centroids)                            # (n,)
+        size = nearest.bincount(minlength=count)[:, None]
+        total = torch.zeros_like(centroids).index_add_(0, nearest, x)
+        centroids = torch.where(size > 0, total / size.clamp(min=1), centroids)
     return centroids
 
 
-def neighbour_means(y, neighbours):
-    """y (n, d) -> (n, d), the mean of each row's k nearest other rows."""
+def nearest_centroid(x, centroids):
+    """x (n, d), centroids (K, d) -> (n,) int64: argmin_k |x - c_k|^2."""
+    half = centroids.square().sum(1) / 2                            # |c|^2 / 2 - <x, c> decides
+    return torch.cat([(half - part @ centroids.T).argmin(1) for part in x.split(2000)])
+
+
+def neighbour_means(y, neighbours, rows):
+    """y (n, d) -> for its first `rows`: the mean of the k nearest other rows of y, (rows, d)."""
     nearest = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices
-               for part in y.split(500))
+               for part in y[:rows].split(500))
     return torch.cat([y[i[:, 1:]].mean(1) for i in nearest])        # without the row itself
 
 
@@ -83,7 +91,7 @@ class KMeansPrototypes(nn.Module):
     @torch.no_grad()
     def fit(self, cls):
         """cls (n, d), n at least P."""
-        centroids = kmeans(cls, len(self.centroids))
+        centroids = kmeans(cls, len(self.centroids), iterations=10)
         self.centroids.copy_(centroids / centroids.square().sum(1).mean().clamp(min=1e-6))
 
     def forward(self, z):
@@ -192,14 +200,14 @@ class StableStudent(Student):
         y = self.fit_space(encode)
         neighbours = min(args.neighbours, len(y) // 10)
         for _ in range(args.iterations if neighbours else 0):
-            y = self.transform(y, whitening(y - neighbour_means(y, neighbours), RCA_RIDGE))
+            difference = y[:RCA_IMAGES] - neighbour_means(y, neighbours, RCA_IMAGES)
+            y = self.transform(y, whitening(difference, RCA_RIDGE))
         if args.components:
             axes = torch.linalg.eigh(torch.cov(self.unit(y).T)).eigenvectors[:, -args.components:]
             y = self.transform(y, axes @ axes.T)                            # largest: last
         y = self.unit(y)
         self.projector.fit(y)
-        first = (y + neighbour_means(y, neighbours)) / 2 if neighbours else y
-        self.fit_codebooks(y, first)
+        self.fit_codebooks(y)
 
     def fit_space(self, encode):
         """Whitens by the covariance within images, between two augmented views: what lasts counts.
@@ -217,15 +225,14 @@ class StableStudent(Student):
         self.whiten.copy_(self.whiten @ matrix)
         return y @ matrix
 
-    def fit_codebooks(self, y, first):
-        """Residual k-means of y (n, d). The first codewords are centroids of `first` (n, d), images
-        half on their way to their neighbours: of kinds more than of single images."""
+    def fit_codebooks(self, y):
+        """Residual k-means of y (n, d): each position's codebook is of what the earlier ones leave
+        of the CLS tokens."""
         residual, directions = y, 0
         for t, disc in enumerate(self.disc):
-            centroids = kmeans(residual if t else first, disc.vocab)
+            centroids = kmeans(residual, disc.vocab)
             if t:
                 centroids = match_codewords(directions, centroids)
             directions = directions + F.normalize(centroids, dim=1)
-            distance = torch.cdist(residual, centroids)                     # (n, K)
-            disc.init_codebook(centroids, distance.square().std())
-            residual = residual - centroids[distance.argmin(1)]
+            disc.init_codebook(centroids, torch.cdist(residual, centroids).square().std())
+            residual = residual - centroids[nearest_centroid(residual, centroids)]

@@ -67,6 +67,9 @@ def data_flags(add):
         help="at most this many, or all; fewer: shorter epochs")
     add("--test-images", type=data.image_count, default=5000,
         help="at most this many, or all; for the evaluation at the end only")
+    add("--storage", choices=["auto", "memory", "stream"], default="auto",
+        help="of a folder's images: in memory, or read when wanted; auto: by the memory that is "
+             "free")
     add("--image-size", type=int, default=32,
         help="pixels; what the teacher was trained on, or a multiple of its patch")
     add("--views", type=int, default=4, help="V, augmented views per image and step")
@@ -218,10 +221,9 @@ class TokenCache:
         shape = (len(images), args.cache_views, 1 + (args.image_size // teacher.patch) ** 2,
                  teacher.width)
         need = 2 * math.prod(shape) * distributed.world_size()              # bytes
-        if need > 0.9 * (free := data.free_memory()):
-            raise ValueError(f"--cache-views {args.cache_views} takes {need / 1e9:.3g} GB of memory "
-                             f"and {free / 1e9:.3g} are free; use fewer, or 0 to run the teacher "
-                             "in every step")
+        if need > 0.9 * data.free_memory()[0]:
+            raise ValueError(f"--cache-views {args.cache_views} takes {need / 1e9:.3g} GB, and less "
+                             "memory is free; use fewer, or 0 to run the teacher in every step")
         self.tokens = torch.empty(shape, dtype=torch.float16)
         gpus = [device] if device.type == "cuda" else []
         batches = torch.arange(len(images)).split(args.batch_size)
@@ -508,7 +510,8 @@ def setup(args, state):
     torch.manual_seed(args.seed)
     with distributed.rank_zero_first():                     # it may download
         teacher = teachers.load_teacher(args.teacher).to(args.device)
-        images = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
+        images = data.load(args.data, "train", args.image_size, args.train_images, args.seed,
+                           args.storage)
     if args.image_size % teacher.patch:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of the teacher's patch, "
                          f"{teacher.patch} pixels")
@@ -574,7 +577,7 @@ def finish(args, held_out, evaluation):
         evaluate.print_table(results)
         checkpoint.write_json(out / "results.json", evaluate.summary(results))
     titles = [held_out.classes[y] if y >= 0 else "" for y in held_out.labels[:8]]
-    visualize.figure1(teacher, student, held_out.get(range(8)), titles, out / "figure1.png",
+    visualize.figure1(teacher, student, held_out.get(torch.arange(min(8, len(held_out)))), titles, out / "figure1.png",
                       args.image_size)
     visualize.curves([out], out / "curves.png")
     print(f"{out}: " + " ".join(sorted(f.name for f in out.iterdir())))

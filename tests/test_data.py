@@ -1,75 +1,23 @@
-"""data.py: shapes is a function of (seed, index), the masks are where the object is, files fail by
-name."""
+"""data.py: one interface in memory and streamed, data sets that fail by name, and the views."""
 import hashlib
-import json
 import pickle
 import shutil
 import sys
 import tarfile
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
 
 import data
-import train
-
-GOLDEN = {
-    "factors": [[0, 8, 8, 4], [1, 6, 3, 3], [0, 2, 0, 1], [1, 1, 1, 1], [1, 2, 2, 0]],
-    "pixels": [[78, 253, 244, 82], [81, 147, 141, 84], [76, 63, 60, 80]],
-    "areas": [133, 162, 72, 92],
-}
+import folder
+import shapes
 
 
-def test_a_picture_depends_on_seed_and_index_alone():
-    images, factors, masks = data.draw_shapes(range(20), seed=3)
-    again, same, _ = data.draw_shapes([7, 3], seed=3)
-    assert torch.equal(images[[7, 3]], again)
-    assert factors["shape"][[7, 3]].tolist() == same["shape"].tolist()
-    assert not torch.equal(images, data.draw_shapes(range(20), seed=4)[0])
-
-
-def test_pictures_are_the_same_on_every_machine():
-    """A few numbers of the first picture of stream 0, as first drawn: a change here changes every
-    result."""
-    images, factors, masks = data.draw_shapes(range(4), seed=0)
-    assert [v.tolist() for v in factors.values()] == GOLDEN["factors"]
-    # sin and cos may differ in the last bit between processors: one grey level at the most
-    assert (images[0, :, 16, 8:24:5].int() - torch.tensor(GOLDEN["pixels"])).abs().max() <= 1
-    assert masks.sum((1, 2)).tolist() == GOLDEN["areas"]
-
-
-def test_train_and_test_are_different_streams():
-    train, test = (data.load("shapes", split, 32, 50) for split in ("train", "test"))
-    assert not torch.equal(train.images, test.images)
-    assert train.classes == data.FACTORS["shape"]
-    assert torch.equal(train.labels, train.factors["shape"])
-
-
-def test_factors_are_balanced_and_independent():
-    shapes = data.load("shapes", "train", 32, 4000)
-    for name, values in data.FACTORS.items():
-        share = shapes.factors[name].bincount(minlength=len(values)) / 4000
-        assert (share - 1 / len(values)).abs().max() < 0.03
-    pairs = shapes.factors["shape"], shapes.factors["colour"]
-    table = torch.zeros(10, 8).index_put_(pairs, torch.ones(()), True)
-    assert (table / 4000 - 1 / 80).abs().max() < 0.008
-
-
-def test_masks_cover_the_object():
-    """The object is the brightest and most saturated thing: more saturated than the background."""
-    shapes = data.load("shapes", "train", 32, 300)
-    saturation = (shapes.images.amax(1).float() - shapes.images.amin(1).float())        # (n, H, W)
-    inside = torch.stack([s[m].mean() for s, m in zip(saturation, shapes.masks)])
-    outside = torch.stack([s[~m].mean() for s, m in zip(saturation, shapes.masks)])
-    assert (inside > outside + 40).float().mean() > 0.99
-    rows = torch.arange(32.0).view(1, 32, 1).expand_as(shapes.masks)
-    centre = torch.stack([r[m].mean() for r, m in zip(rows, shapes.masks)])
-    means = [centre[shapes.factors["row"] == k].mean().item() for k in range(3)]
-    assert means[0] + 2 < means[1] < means[2] - 2
+@pytest.fixture(autouse=True)
+def nothing_said():
+    folder.say_once.cache_clear()
 
 
 def square(path, colour, size=(40, 40)):
@@ -77,95 +25,192 @@ def square(path, colour, size=(40, 40)):
     Image.new("RGB", size, colour).save(path)
 
 
-def test_folder_with_classes_and_a_corrupt_file(tmp_path, capsys):
-    square(tmp_path / "train/red/1.png", (255, 0, 0), (64, 40))
-    square(tmp_path / "train/blue/1.png", (0, 0, 255))
-    red = tmp_path / "train/red"
-    (red / "broken.png").write_bytes((red / "1.png").read_bytes()[:60])
-    pictures = data.load(f"folder:{tmp_path}", "train", 32)
-    assert pictures.classes == ["blue", "red"] and pictures.labels.tolist() == [0, 1]
-    assert pictures.images[:, :, 20, 20].tolist() == [[0, 0, 255], [255, 0, 0]]
-    assert pictures.images.shape[-1] == 36                                      # 32 * 8 / 7
-    assert pictures.skipped == 1 and "broken.png" in capsys.readouterr().err
+@pytest.fixture
+def name(tmp_path):
+    """folder:PATH with 9 images in the classes a, b and c of train, image k having k in red, and 3
+    of test."""
+    for k in range(9):
+        square(tmp_path / f"train/{'aabbbbccc'[k]}/{k}.png", (k, 100, 200))
+    for k in range(3):
+        square(tmp_path / f"test/{'abc'[k]}/{k}.png", (k, 0, 0))
+    return f"folder:{tmp_path}"
 
 
-def test_flat_folder_has_no_labels(tmp_path):
-    square(tmp_path / "a.jpg", (9, 9, 9))
-    pictures = data.load(f"folder:{tmp_path}", "train", 32)
-    assert pictures.labels.tolist() == [-1] and not pictures.labelled
+@pytest.fixture
+def both(name):
+    """The 9 images, in memory and streamed."""
+    return [data.load(name, "train", 32, storage=storage) for storage in ("memory", "stream")]
 
 
-# Where row 0 and column 0 of the file are to be seen, from the EXIF standard's table
-SIDES = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left", 5: "left top",
-         6: "right top", 7: "right bottom", 8: "left bottom"}
+# ---- one interface -------------------------------------------------------------------------------
+
+def test_memory_and_stream_are_the_same_images(both):
+    order = torch.tensor([8, 0, 3, 3, 1, 7, 2])
+    for images in both:
+        assert len(images) == 9 and images.classes == ["a", "b", "c"] and images.labelled
+        assert images.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2] and images.skipped == 0
+        batches = list(images.batches(order.split(3)))
+        assert [len(x) for x in batches] == [3, 3, 1] and batches[0].dtype == torch.uint8
+        assert torch.cat(batches)[:, :, 20, 20].tolist() == [[k, 100, 200] for k in order.tolist()]
+        assert torch.equal(torch.cat(batches), images.get(order))
+    assert both[0].images.shape == (9, 3, 36, 36)                               # 32 * 8 / 7
+    assert both[1].images is None and torch.equal(both[0].images, both[1].get(torch.arange(9)))
 
 
-@pytest.mark.parametrize("kind", ["png", "jpg"])
-@pytest.mark.parametrize("orientation", SIDES)
-def test_photographs_are_turned_upright(tmp_path, orientation, kind):
-    pixels = torch.zeros(24, 24, 3, dtype=torch.uint8)
-    pixels[:8, 8:, 0] = pixels[8:, :8, 1] = 255             # rows 0 to 7 red, columns 0 to 7 green
-    exif = Image.Exif()
-    exif[0x112] = orientation
-    Image.fromarray(pixels.numpy()).save(tmp_path / f"a.{kind}", exif=exif)
-    seen = data.read_image(tmp_path / f"a.{kind}", 24).float()
-    middles = {"top": seen[:, 2, 12], "bottom": seen[:, -3, 12],
-               "left": seen[:, 12, 2], "right": seen[:, 12, -3]}
-    red, green = SIDES[orientation].split()
-    assert max(middles, key=lambda side: middles[side][0]) == red
-    assert max(middles, key=lambda side: middles[side][1]) == green
+def test_a_subset_has_the_images_labels_factors_and_masks_of_its_indices(both, monkeypatch):
+    indices = torch.tensor([6, 2, 0])
+    for images in both:
+        with monkeypatch.context() as patch:
+            patch.setattr(folder, "decode", None)                           # no file is opened
+            part = images.subset(indices).subset(torch.tensor([2, 0]))
+        assert len(part) == 2 and part.labels.tolist() == [0, 2] and part.classes == images.classes
+        assert part.get(torch.tensor([1, 0]))[:, 0, 0, 0].tolist() == [6, 0]
+    drawn = data.load("shapes", "train", 32, 9)
+    part = drawn.subset(indices)
+    images, factors, masks = shapes.draw_shapes(indices.tolist())
+    assert torch.equal(part.images, images) and torch.equal(part.masks, masks)
+    assert torch.equal(part.factors["row"], factors["row"])
+    assert torch.equal(part.labels, factors["shape"])
 
 
-def test_a_picture_is_its_central_square_however_long_it_is(tmp_path):
-    pixels = torch.randint(256, (20, 36, 3), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).save(tmp_path / "a.png")
-    assert torch.equal(data.read_image(tmp_path / "a.png", 20), pixels[:, 8:28].permute(2, 0, 1))
-    left = Image.fromarray(pixels[:, :20].numpy())
-    left.save(tmp_path / "b.png")
-    small = np.array(left.resize((9, 9), Image.Resampling.BICUBIC))
-    assert (data.read_image(tmp_path / "b.png", 9).permute(1, 2, 0).numpy() == small).all()
-    square(tmp_path / "long.png", (1, 2, 3), (1, 60000))    # resized first, it would take 11 GB
-    assert data.read_image(tmp_path / "long.png", 256)[:, 7, 9].tolist() == [1, 2, 3]
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+def test_an_unreadable_file_is_replaced_named_and_counted(tmp_path, name, storage, capfd):
+    (tmp_path / "train/b/4.png").write_bytes((tmp_path / "train/b/4.png").read_bytes()[:60])
+    images = data.load(name, "train", 32, storage=storage)
+    held_out, rest = images.subset(torch.tensor([4, 0])), images.subset(torch.arange(2, 9))
+    for _ in range(2):
+        assert images.get(torch.arange(9))[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8]
+        assert rest.get(torch.arange(3))[:, 0, 0, 0].tolist() == [2, 3, 5]
+    assert images.skipped == rest.skipped == held_out.skipped == 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "4.png" in said and said.endswith("5.png takes its place\n")
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_large_jpeg_decoded_small_is_the_same_picture(tmp_path, mode):
-    coarse = Image.fromarray(torch.randint(60, 200, (6, 9, 3), dtype=torch.uint8).numpy())
-    coarse.resize((900, 600), Image.Resampling.BICUBIC).convert(mode).save(tmp_path / "a.jpg")
-    whole = Image.open(tmp_path / "a.jpg").convert("RGB").crop((150, 0, 750, 600))
-    whole = np.array(whole.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
-    seen = data.read_image(tmp_path / "a.jpg", 32).permute(1, 2, 0).numpy()
-    assert whole.std() > 20 and abs(seen - whole).mean() < 2
+def test_a_folder_that_cannot_be_read_at_all_is_one_line(tmp_path, name):
+    for file in (tmp_path / "train").rglob("*.png"):
+        file.write_bytes(b"broken")
+    with pytest.raises(OSError, match="^none of the 9 images in .*train can be read$"):
+        data.load(name, "train", 32)
 
 
-def test_only_formats_that_the_names_promise_are_opened(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")       # Pillow hands these to another program
-    (tmp_path / "a.eps").rename(tmp_path / "a.png")
-    with pytest.raises(OSError, match="cannot read image .*a.png"):
-        data.read_image(tmp_path / "a.png", 8)
-    Image.new("RGB", (8, 8), (9, 8, 7)).save(tmp_path / "b.gif")
-    (tmp_path / "b.gif").rename(tmp_path / "b.jpg")         # common on the web, and harmless
-    assert data.read_image(tmp_path / "b.jpg", 8)[:, 0, 0].tolist() == [9, 8, 7]
+def test_a_fingerprint_is_of_number_names_sizes_and_labels(tmp_path, both, name, monkeypatch):
+    known = both[0].fingerprint()
+    monkeypatch.setattr(folder, "decode", None)                             # no file is opened
+    assert known.startswith("9 images, ") and both[1].fingerprint() == known
+    again = lambda: data.load(name, "train", 32, storage="stream").fingerprint()     # noqa: E731
+    assert again() == known
+    files, prints = tmp_path / "train", {known, data.load(name, "train", 16, None, 0, "stream")
+                                         .fingerprint(), both[1].subset(torch.arange(8))
+                                         .fingerprint()}
+    (files / "a/0.png").rename(files / "a/00.png")
+    prints.add(again())
+    (files / "a/00.png").write_bytes(b"of another size")
+    prints.add(again())
+    (files / "d").mkdir()
+    (files / "c/8.png").rename(files / "d/8.png")
+    assert len(prints | {again()}) == 6
 
 
-def test_a_folder_that_cannot_be_scored_is_told_before_a_picture_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "read_image", None)
+def test_a_fingerprint_in_memory_is_of_number_labels_and_pixels():
+    images = torch.randint(256, (30, 3, 8, 8), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(30) % 3
+    sets = [(images, labels), (images[1:], labels[1:]), (images, labels.roll(1)),
+            (images.roll(3, 0), labels)]
+    prints = [data.ImageSet(*one, list("abc")).fingerprint() for one in sets]
+    assert len({*prints}) == 4 and prints[0].startswith("30 images, ")
+    assert prints[0] == data.ImageSet(images.clone(), labels.clone(), []).fingerprint()
+
+
+# ---- memory or stream ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("free, processes, storage, expected", [
+    (2 * 34_992, 1, "auto", "held in memory (at most half of the 0 MB free)"),
+    (2 * 34_991, 1, "auto", "streamed from their files (more than half of the 0 MB free)"),
+    (2 * 34_992, 2, "auto", "streamed from their files (more than half of the 0 MB free)"),
+    (10**9, 1, "stream", "streamed from their files (--storage stream)"),
+    (0, 1, "memory", "held in memory (--storage memory)")])
+def test_memory_is_for_what_fits_into_half_of_it(name, free, processes, storage, expected, capsys,
+                                                 monkeypatch):
+    monkeypatch.setattr(data, "free_memory", lambda: (free, "free"))
+    monkeypatch.setattr(data.distributed, "world_size", lambda: processes)
+    images = data.load(name, "train", 32, storage=storage)                  # 9 x 36 x 36 x 3 bytes
+    assert (images.images is None) == ("streamed" in expected)
+    line, = capsys.readouterr().out.splitlines()
+    memory = f"{0.034992 * processes:.1f} MB for {processes} process{'es' if processes > 1 else ''}"
+    assert line == f"{name}/train: 9 images of 36 x 36 pixels, {memory}, are {expected}"
+
+
+def test_free_memory_is_read_where_the_system_tells_it(monkeypatch):
+    text = "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:   5000 kB\n"
+    monkeypatch.setattr(data.Path, "read_text", lambda self: text)
+    assert data.free_memory() == (5_120_000, "free")
+    for unknown in ("MemTotal: 9000 kB\n", None):
+        def read(self):
+            if unknown is None:
+                raise FileNotFoundError
+            return unknown
+        monkeypatch.setattr(data.Path, "read_text", read)
+        assert data.free_memory() == (data.ASSUMED_FREE_MEMORY, "free memory, as is assumed")
+
+
+def test_only_folders_are_streamed():
+    with pytest.raises(ValueError, match="--storage stream is for folder:PATH; shapes is always"):
+        data.load("shapes", "train", 32, 5, storage="stream")
+
+
+# ---- sources -------------------------------------------------------------------------------------
+
+def test_shapes_are_those_of_their_file():
+    drawn = data.load("shapes", "test", 32, 30, 1)
+    images, factors, masks = shapes.load("test", 30, 1)
+    assert torch.equal(drawn.images, images) and torch.equal(drawn.masks, masks)
+    assert torch.equal(drawn.labels, factors["shape"]) and drawn.labelled
+    assert drawn.classes == shapes.FACTORS["shape"] and drawn.factors.keys() == factors.keys()
+
+
+def test_other_files_of_a_folder_are_counted_in_one_line(tmp_path, capsys):
+    square(tmp_path / "a.jpg", (9, 9, 9), (64, 40))
+    for other in ("1.txt", "2.TXT", "3.mp4", "._a.jpg", ".DS_Store"):
+        (tmp_path / other).touch()
+    images = data.load(f"folder:{tmp_path}", "train", 32)
+    assert images.labels.tolist() == [-1] and not images.labelled and images.classes == []
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == f"{tmp_path}: ignored 3 files: .txt 2, .mp4 1"
+    assert printed.err == ""
+
+
+def test_images_are_as_small_as_the_first_that_can_be_read(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"broken")
+    square(tmp_path / "1.png", (1, 1, 1), (30, 20))
+    square(tmp_path / "2.png", (2, 2, 2))
+    assert data.load(f"folder:{tmp_path}", "train", 32).images.shape == (3, 3, 20, 20)
+
+
+def test_a_limit_is_a_random_choice_for_each_seed(name):
+    chosen = [data.load(name, "train", 32, 4, seed).images[:, 0, 0, 0].tolist() for seed in (0, 1)]
+    assert chosen[0] == data.choose(9, 4, 0).tolist() != chosen[1] == data.choose(9, 4, 1).tolist()
+    assert len({*chosen[0]}) == 4 and chosen[0] == sorted(chosen[0])
+
+
+def test_what_cannot_be_scored_is_a_sentence_and_no_image_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "decode", None)
     monkeypatch.setattr(data, "PUBLIC", {})
     name = f"folder:{tmp_path}"
-    for file in ("train/a/1.png", "train/b/2.png"):
-        square(tmp_path / file, (1, 1, 1))
-    with pytest.raises(FileNotFoundError, match="no folder .*/test; .*--no-evaluate"):
-        data.check_labels(name)
-    for file, words in (("test/a/1.png", "only one of train and test .* folders b$"),
-                        ("test/b/1.png", None), ("test/c/1.png", "only one .* c$"),
-                        ("train/c/1.png", None), ("train/1.png", "without a class.*--no-evaluate")):
-        square(tmp_path / file, (1, 1, 1))
-        if words is None:
-            assert data.check_labels(name) is None
-        else:
-            with pytest.raises(ValueError, match=words):
-                data.check_labels(name)
-    assert data.check_labels("shapes") is None
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        data.evaluation_problem(f"folder:{tmp_path / 'nowhere'}")
+    start = f"{name} cannot be scored because "
+    for file, words in (
+            ("train/a/1.png", f"it has no test images in {tmp_path}/test/<class>/…"),
+            ("train/b/2.png", f"it has no test images in {tmp_path}/test/<class>/…"),
+            ("test/a/1.png", "only train or only test has the classes b"), ("test/b/1.png", None),
+            ("test/c/1.png", "only train or only test has the classes c"), ("train/c/1.png", None),
+            ("train/1.png", f"some images have no class; their places are {tmp_path}/train/<class>/"
+                            f"… and {tmp_path}/test/<class>/…")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+        assert data.evaluation_problem(name) == (words and start + words)
+    assert data.evaluation_problem("shapes") is data.evaluation_problem("cifar10") is None
 
 
 def test_all_images_is_none():
@@ -192,18 +237,18 @@ def test_no_network_says_what_to_do(monkeypatch):
 
 @pytest.fixture
 def cifar10_archive(tmp_path, monkeypatch):
-    """data/cifar-10-python.tar.gz with other pictures in it, 5 x 260 and 100; torchvision takes it
+    """data/cifar-10-python.tar.gz with other images in it, 5 x 60 and 40; torchvision takes it
     for the real one."""
     cifar, checksum = datasets.CIFAR10, lambda file: hashlib.md5(file.read_bytes()).hexdigest()
     folder = tmp_path / cifar.base_folder
     folder.mkdir()
     names = [name for name, _ in cifar.train_list]
-    parts = {name: data.draw_shapes(range(i * 260, i * 260 + 260)) for i, name in enumerate(names)}
-    parts["test_batch"] = data.draw_shapes(range(100), seed=1)
+    parts = {name: shapes.draw_shapes(range(i * 60, i * 60 + 60)) for i, name in enumerate(names)}
+    parts["test_batch"] = shapes.draw_shapes(range(40), seed=1)
     for name, (images, factors, _) in parts.items():
         entry = {"data": images.flatten(1).numpy(), "labels": factors["shape"].tolist()}
         (folder / name).write_bytes(pickle.dumps(entry))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": data.FACTORS["shape"]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": shapes.FACTORS["shape"]}))
     archive = tmp_path / data.DATA_DIR / cifar.filename
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
@@ -218,18 +263,61 @@ def cifar10_archive(tmp_path, monkeypatch):
     return archive
 
 
-def test_preset_cifar10_needs_no_further_flags(cifar10_archive, monkeypatch, capsys):
-    """Unpacks, trains on all pictures with the shipped teacher, evaluates; the archive is not
-    needed again."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "cifar10"])
-    train.main()
-    printed = capsys.readouterr().out
-    assert "1235 pictures, teacher 0.8 M" in printed and "8 symbols of 256: 64 bits" in printed
-    assert "1300 train images (gallery), 100 test images" in printed
-    results = json.loads(Path("runs/cifar10-softmax-256-s0/results.json").read_text())
-    assert results["teacher"]["knn_top1"] > 20      # ten shapes, seen by a teacher of photographs
+def test_cifar10_is_unpacked_from_its_archive_once(cifar10_archive):
+    train, test = (data.load("cifar10", split, 32) for split in ("train", "test"))
+    images, factors, _ = shapes.draw_shapes(range(300))
+    assert torch.equal(train.images, images) and torch.equal(train.labels, factors["shape"])
+    assert len(test) == 40 and test.classes == shapes.FACTORS["shape"]
     cifar10_archive.unlink()
-    assert len(data.load("cifar10", "train", 32)) == 1300
+    few = data.load("cifar10", "train", 32, 7, seed=3)
+    assert torch.equal(few.images, train.images[data.choose(300, 7, 3)])
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+def test_the_script_prints_and_draws_images_and_their_views(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "shapes: 1000 train images, 32 x 32 pixels",
+        "classes: disc 113, ring 92, square 106, triangle 92, star 106, cross 102, crescent 99, "
+        "heart 98, hourglass 99, bars 93",
+        f"views of 32 x 32 pixels: {data.AUGMENT['shapes']}",
+        "data.png: a row for each of 8 images, then 7 views of it"]
+    sheet = Image.open("data.png")
+    assert sheet.size == (8 * 98 + 2, 8 * 98 + 2)           # 96 pixels and a rim of 2
+    last = shapes.draw_shapes([999])[0][0, :, 16, 16]       # row 8, column 1, pixel (16, 16)
+    assert sheet.getpixel((2 + 48, 7 * 98 + 2 + 48)) == pytest.approx(tuple(last.tolist()), abs=1)
+
+
+def test_the_script_reads_8_images_of_a_folder(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.main(name)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:3] == [f"{name}: 9 train images, 40 x 40 pixels", "classes: a 2, b 4, c 3"]
+    sheet = Image.open("data.png").convert("RGB")
+    column = [sheet.getpixel((50, row * 98 + 50))[0] for row in range(8)]
+    assert column == pytest.approx([0, 1, 2, 3, 4, 5, 6, 8], abs=1)
+
+
+# ---- views ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, size, expected", [
+    ("shapes", 32, "shapes"), ("cifar10", 32, "small photographs"), ("stl10", 96, "photographs"),
+    ("folder:x", 63, "small photographs"), ("folder:x", 64, "photographs")])
+def test_each_data_set_has_its_augmentation(name, size, expected):
+    assert data.augmentation(name, size) is data.AUGMENT[expected]
+
+
+def test_random_numbers_of_the_views_are_drawn_in_the_order_in_which_results_were_made():
+    """As first drawn: another order would change every training. Two views of one image, of all
+    augmentations; rounding may differ between processors."""
+    images, _, _ = shapes.draw_shapes([5])
+    torch.manual_seed(1)
+    views = data.Augment()(images, 2, 32)
+    assert torch.allclose(views[:, 0, :, 16, 16], torch.tensor(
+        [[-1.3129, 0.7268, 0.4605], [-1.0402, -0.7642, -0.6330]]), atol=1e-3)
+    assert torch.rand(1).item() == pytest.approx(0.0112246, abs=1e-6)
 
 
 def test_normalize_is_imagenets():
@@ -240,7 +328,7 @@ def test_normalize_is_imagenets():
 
 def test_augment_off_is_identity():
     still = data.Augment(crop=(1, 1), flip=0, jitter=0, grey=0, blur=0, solarise=0)
-    images = data.draw_shapes(range(3))[0]
+    images = shapes.draw_shapes(range(3))[0]
     torch.manual_seed(0)
     # full area, but the aspect ratio still varies: it can only squeeze, so compare the mean colour
     views = still(images, 2, 32)

@@ -1,4 +1,4 @@
-"""Files that lie: 200 checkpoints and 200 pictures, damaged at random, forged, or made to do harm.
+"""Files that lie: 200 checkpoints and 200 images, damaged at random, forged, or made to do harm.
 Each is read, or refused in one line, and nothing else happens. With fixed seeds."""
 import copy
 import functools
@@ -102,7 +102,7 @@ def test_no_checkpoint_does_harm(tiny_trainer, tmp_path, monkeypatch, capsys):
     assert ran["hostile"] == 0 and 0 < ran["damaged"] < 40 and 0 < ran["forged"] < 40
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
 def png(width, height):
     """A PNG that says it is so large, and holds the pixels of 40 x 30; its checksums are right."""
@@ -120,7 +120,7 @@ def jpeg(whole, width, height):
     return whole[:at] + struct.pack(">HH", height, width) + whole[at + 4:]
 
 
-def pictures():
+def damaged_images():
     """200 files: name -> bytes."""
     rng, exif, whole = random.Random(1), Image.Exif(), {}
     exif[0x112], exif[0x8769] = 6, {0x9286: "words"}        # orientation, and a nested table
@@ -130,7 +130,7 @@ def pictures():
         Image.fromarray(pixels).save(file, kind, exif=exif)
         whole[ending] = file.getvalue()
     files = {"whole.png": whole["png"], "whole.jpg": whole["jpg"], "empty.png": b"",
-             "empty.jpg": b"", "words.png": b"not a picture"}
+             "empty.jpg": b"", "words.png": b"not an image"}
     most = 2**31 - 1
     for w, h in [(0, 0), (0, 9), (1, most), (most, most), (50000, 50000), (12000, 12000)]:
         files[f"{w}x{h}.png"] = png(w, h)
@@ -142,24 +142,41 @@ def pictures():
     return files
 
 
-@pytest.mark.filterwarnings("ignore")                      # Pillow's, about sizes and EXIF
-def test_no_picture_does_harm(tiny_trainer, tmp_path, capsys):
-    torch.save(tiny_trainer().state(), tmp_path / "ckpt.pt")
-    (tmp_path / "folder").mkdir()
-    files, read = pictures(), []
-    for name, content in sorted(files.items()):
-        (tmp_path / "folder" / name).write_bytes(content)
+@pytest.fixture
+def folder_of_harm(tmp_path):
+    """(folder of the 200 files, name -> image for those that `read_image` reads, in order)."""
+    path, read = tmp_path / "folder", {}
+    path.mkdir()
+    for name, content in sorted(damaged_images().items()):
+        (path / name).write_bytes(content)
         try:
-            image = data.read_image(tmp_path / "folder" / name, 8)
-            assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
-            read.append(name)
+            read[name] = data.read_image(path / name, 8)
+            assert read[name].shape == (3, 8, 8) and read[name].dtype == torch.uint8
         except OSError as error:
             assert name in str(error) and "\n" not in str(error)
-    assert len(files) == 200 and 20 < len(read) < 150 and {"whole.png", "whole.jpg"} <= {*read}
-    loaded = data.load(f"folder:{tmp_path / 'folder'}", "train", 7)
-    assert (len(loaded), loaded.skipped) == (len(read), 200 - len(read))
+    assert len(list(path.iterdir())) == 200 and 20 < len(read) < 150
+    assert {"whole.png", "whole.jpg"} <= {*read}
+    return path, read
 
+
+@pytest.mark.filterwarnings("ignore")                      # Pillow's, about sizes and EXIF
+def test_no_image_does_harm(folder_of_harm, capfd):
+    path, read = folder_of_harm
+    loaded, names = data.load(f"folder:{path}", "train", 7), sorted(os.listdir(path))
+    for name, image in read.items():
+        assert torch.equal(loaded.images[names.index(name)], image), name
+    said = capfd.readouterr().err.splitlines()
+    for name in {*names} - {*read}:
+        assert sum(f"skipped: cannot read image {path / name}: " in line for line in said) == 1
+    assert loaded.skipped == 200 - len(read) and loaded.images.flatten(1).any(1).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_images_that_cannot_be_read_are_not_described(folder_of_harm, tiny_trainer, tmp_path,
+                                                      capsys):
+    path, read = folder_of_harm
+    torch.save(tiny_trainer().state(), tmp_path / "ckpt.pt")
     out = tmp_path / "s.jsonl"
-    describe.main([str(tmp_path / word) for word in ("ckpt.pt", "folder")] + ["-o", str(out)])
-    assert [json.loads(line)["path"] for line in out.read_text().splitlines()] == read
-    assert capsys.readouterr().err.count("skipped: cannot read image") == 2 * (200 - len(read))
+    describe.main([str(tmp_path / "ckpt.pt"), str(path), "-o", str(out)])
+    assert [json.loads(line)["path"] for line in out.read_text().splitlines()] == [*read]
+    assert capsys.readouterr().err.count("skipped: cannot read image") == 200 - len(read)
