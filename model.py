@@ -9,6 +9,7 @@ Teacher (E_T): a frozen torchvision ViT with DINO weights. Student: descriptor (
 (discretize.py), interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA of
 P_S. B: images times views, N: patches, d: width, T: symbols, K: vocabulary, D: prefixes.
 """
+import argparse
 import copy
 import math
 from typing import NamedTuple
@@ -370,3 +371,31 @@ class Student(nn.Module):
     def extra_loss(self, sequence, z_s, z_t):
         """What a recipe adds to the paper's loss: nothing."""
         return 0.0
+
+
+def main():
+    """The shapes of one batch on its way through the paper's system, at a small size."""
+    torch.manual_seed(0)
+    args = argparse.Namespace(disc="softmax", vocab=128, tau=None, tau_start=None, length=8,
+                              straight_through=False, descriptor=(2, 4), interpreter=(2, 4),
+                              prototypes=1024, hidden=512)
+    teacher = small_vit(32, 4, 128, 4, 2)
+    student = Student(args, teacher.width)
+    x = torch.randn(16, 3, 32, 32)
+    z_t = student.preprocess(teacher(x))
+    sequence = student.describe(z_t, attention=True)
+    z_s = student.interpret(sequence.embeddings)
+    rows = [("x", "images times views", x), ("z_t = E_T(x)", "teacher's tokens, CLS first", z_t),
+            ("p_t = P_T(z_t[CLS])", "logits of P prototypes", student.teacher_projector(z_t[:, 0])),
+            ("s = D_S(z_t)", "logits of K symbols at T positions", sequence.logits),
+            ("s_q", "the discretizer's weights", sequence.weights),
+            ("", "symbols (argmax)", sequence.ids), ("", "their embeddings", sequence.embeddings),
+            ("", "attention maps over N patches", sequence.attention),
+            ("z_s = E_S(s_q[:n])", "one row for each prefix n", z_s),
+            ("p_s = P_S(z_s)", "logits of P prototypes", student.projector(z_s))]
+    for symbol, what, value in rows:
+        print(f"{symbol:20} {what:36} {tuple(value.shape)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -130,7 +130,8 @@ class StableStudent(Student):
     """See the top of this file."""
 
     descriptor_class = StableDescriptor
-    defaults = dict(straight_through=True, teacher_temp=[0.1, 0.1])
+    defaults = dict(straight_through=True, views=1, cache_views=1, centering="none",
+                    teacher_temp=[0.1, 0.1])
 
     @staticmethod
     def add_flags(add):

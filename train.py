@@ -42,13 +42,14 @@ SIZES = {
                     vocab=256, descriptor="4x4", interpreter="4x4", batch_size=256, epochs=3),
     "paper": dict(data="cifar10", teacher="dino_vitb16", image_size=224, train_images=None,
                   test_images=None, vocab=512, descriptor="6x8", interpreter="12x6", hidden=2048,
-                  prototypes=8192, batch_size=64, epochs=140, lr=5e-4, warmup_epochs=10,
+                  prototypes=8192, batch_size=64, epochs=140, lr=5e-4,
                   weight_decay=[0.04, 0.4], knn_every=5),
 }
 END_LR = 1e-5           # of the cosine: below it nothing moves any more
 CLIP = 2.0              # largest norm of the gradient (paper, section 3.3)
 STUDENT_TEMP = 0.1      # DINO's
 SAVE_MINUTES = 10       # between checkpoints within an epoch: as much is lost in a crash
+LR_WARMUP = 0.1         # of all steps, linear (DINO: 10 of 100 epochs)
 TEACHER_WARMUP = 30     # epochs in which --teacher-temp reaches its end, at most (DINO)
 
 
@@ -101,8 +102,9 @@ def loss_flags(add):
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 the full sequence")
     add("--pairing", choices=["same", "cross"], default="same",
         help="the target of a view: itself (the paper's formula) or the other views (DINO)")
-    add("--centering", choices=["center", "sinkhorn"], default="center",
-        help="against collapse of P_T: DINO's center, or Sinkhorn-Knopp (stronger)")
+    add("--centering", choices=["center", "sinkhorn", "none"], default="center",
+        help="against collapse of P_T: DINO's center, or Sinkhorn-Knopp (stronger); none: for "
+             "prototypes that are not learned")
     add("--teacher-temp", type=float, nargs=2, default=[0.04, 0.07], metavar=("START", "END"),
         help="temperature of p_t over the warm-up; lower: sharper, harder targets")
     add("--explore", choices=["base", "entropy", "info", "combined"], default="base",
@@ -118,7 +120,6 @@ def loss_flags(add):
 def optimizer_flags(add):
     add("--epochs", type=int, default=2)
     add("--lr", type=float, default=2e-3, help="peak; lower it for larger networks")
-    add("--warmup-epochs", type=float, default=0.2, help="of the learning rate")
     add("--weight-decay", type=float, nargs=2, default=[0.04, 0.04], metavar=("START", "END"),
         help="END is reached by a cosine; DINO: 0.4, for long runs")
 
@@ -311,9 +312,8 @@ class Trainer:
     def schedule(self, step):
         """Sets learning rate, weight decay and the discretizer's temperature -> the teacher's."""
         args, steps = self.args, self.args.epochs * self.steps_per_epoch
-        warmup = int(args.warmup_epochs * self.steps_per_epoch)
         losses.set_schedule(self.optimizer,
-                            losses.warmup_cosine(args.lr, END_LR, step, steps, warmup),
+                            losses.warmup_cosine(args.lr, END_LR, step, steps, int(LR_WARMUP * steps)),
                             losses.cosine(*args.weight_decay, step / steps))
         discretize.anneal(self.student, args.tau_start, step / steps)
         return losses.warmup_linear(*args.teacher_temp, step,
@@ -414,7 +414,7 @@ class Trainer:
             kept = f"{self.args.out}/ckpt.pt is from before" if saved else "nothing is saved yet"
             raise FloatingPointError(
                 f"the loss is {loss} in epoch {self.epoch + 1}, or a weight is not finite; {kept}. "
-                "Try a lower --lr, a higher --tau or a longer --warmup-epochs")
+                "Try a lower --lr, a higher --tau or a smaller --me-max")
 
 
 def monitor(trainer, held_out, knn):
