@@ -278,7 +278,7 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.args.device.startswith("cuda"):
             rng["cuda"] = torch.cuda.get_rng_state(self.args.device)
-        return parts | {"config": config_of(self.args), "teacher": self.teacher.vit.state_dict(),
+        return parts | {"config": config_of(self.args), "teacher": self.teacher.state_dict(),
                         "rng": rng} | {name: getattr(self, name) for name in COUNTERS}
 
     def load(self, state):
