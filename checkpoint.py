@@ -17,6 +17,7 @@ import torch
 
 import distributed
 import model
+import precision
 import stable
 import teachers
 
@@ -102,6 +103,77 @@ def truncate_log(path, key, last):
             return False
     lines = path.read_text(errors="replace").splitlines(True) if path.exists() else []
     write(path, lambda part: part.write_text("".join(filter(contained, lines))))
+
+
+def config_of(args):
+    """The flags as plain values, to be stored and compared."""
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+            for k, v in vars(args).items() if k != "resume"}
+
+
+def open_run(args):
+    """Sets args.out; returns the state to resume from, or None. ValueError rather than overwrite."""
+    name = "-".join([args.data.replace(":", "-").replace("/", "-"), args.recipe, args.disc,
+                     str(args.vocab), f"s{args.seed}"])
+    out, number = args.out or Path("runs", name), 1
+    while not (args.out or args.resume) and exists(out / "ckpt.pt"):
+        number += 1                             # nobody chose this name: take the next free one
+        out = Path("runs", f"{name}-{number}")
+    args.out = out
+    if not args.resume:
+        if exists(out / "ckpt.pt"):
+            raise ValueError(f"{out} holds a run already: --resume to continue it, or another "
+                             "--out")
+        out.mkdir(parents=True, exist_ok=True)
+        return None
+    state = load(out / "ckpt.pt")
+    if "config" not in state or "optimizer" not in state:
+        raise ValueError(f"{out}/ckpt.pt is not a checkpoint of train.py")
+    then, now = state["config"], config_of(args)
+    args.precision = now["precision"] = then.get("precision")       # a run keeps its precision
+    differ = [k for k in now if k not in ("out", "device", "knn_every") and now[k] != then.get(k)]
+    if differ:
+        raise ValueError("--resume with other flags than the run's: " + ", ".join(
+            f"--{k.replace('_', '-')} was {then.get(k)}, is {now[k]}" for k in differ))
+    return state
+
+
+def init_run_dir(args, trainer, fresh):
+    """config.json, and a log without lines that are not of this run or will come again."""
+    if fresh:
+        (args.out / "results.json").unlink(missing_ok=True)
+    done = trainer.epoch * trainer.steps_per_epoch + trainer.step_in_epoch
+    truncate_log(args.out / "metrics.jsonl", "step", done)
+    config = config_of(args) | {"hardware": precision.hardware_info(args.device)}
+    write_json(args.out / "config.json", config)
+
+
+COUNTERS = ("epoch", "seconds", "step_in_epoch", "elapsed", "sums")     # of a train.Trainer
+MODULES = ("student", "centering", "optimizer", "scaler")               # with a state_dict
+
+
+def state_of(trainer):
+    """What a checkpoint of a train.Trainer holds: all that the rest of the run depends on, and what
+    `load_model` needs."""
+    rng = {"cpu": torch.get_rng_state()}
+    if trainer.args.device.startswith("cuda"):
+        rng["cuda"] = torch.cuda.get_rng_state(trainer.args.device)
+    state = {"config": config_of(trainer.args), "teacher": trainer.teacher.state_dict(), "rng": rng}
+    state |= {name: getattr(trainer, name).state_dict() for name in MODULES}
+    return state | {name: getattr(trainer, name) for name in COUNTERS}
+
+
+def restore(trainer, state):
+    """`state_of` back into a new Trainer of the same flags, and PyTorch's random state with it."""
+    for name in MODULES:
+        getattr(trainer, name).load_state_dict(state[name])
+    for name in COUNTERS:
+        setattr(trainer, name, state[name])
+    device = trainer.args.device
+    trainer.sums = {name: value.to(device) for name, value in trainer.sums.items()}
+    torch.set_rng_state(state["rng"]["cpu"])
+    if "cuda" in state["rng"]:
+        torch.cuda.set_rng_state(state["rng"]["cuda"], device)
 
 
 def load_model(path, device="cpu"):

@@ -200,23 +200,6 @@ def anneal(module, start, progress):
             disc.tau = end if start is None else start * (end / start) ** min(max(progress, 0), 1)
 
 
-def add_flags(add):
-    add("--disc", choices=list(DISCRETIZERS), default="softmax",
-        help="softmax (no noise), gumbel (explores by sampling) or vq (nearest code)")
-    add("--vocab", type=int, default=128,
-        help="symbols K; an image is T log2(K) bits. Raise when nearly all are in use")
-    add("--tau", type=float,
-        help="temperature, final if annealed, in units of logits; not given: 0.12 (gumbel, vq: 1). "
-             "Lower: closer to one symbol, gradients vanish. vq: scales the logits only")
-    add("--tau-start", type=float, help="temperature at step 0, annealed exponentially to --tau; "
-        "none: constant. Set (about 1) when few symbols survive the first epochs")
-    add("--straight-through", action=argparse.BooleanOptionalAction, default=False,
-        help="one-hot forward, soft gradient; no: soft mixtures in training, as in the paper, whose "
-             "soft figures exceed hard ones")
-    add("--vq-beta", type=float, default=0.25, help="weight of vq's commitment loss. Raise when "
-        "the decoder's vectors run away from the codes")
-
-
 def main():
     torch.manual_seed(0)
     flags = argparse.ArgumentParser()

@@ -130,24 +130,13 @@ def sequence_information(weights):
     return entropy(weights.mean(1)).mean()
 
 
-def mean_prediction_entropy(logits):
-    """Entropy of the batch's mean prediction, per position: up with the number of symbols in use,
-    ln K when all are used alike; logits (B, T, K). Nats, mean over positions. Maximising it is
-    me-max of MSN (Assran et al. 2022), half of IMSAT (Hu et al. 2017); our addition."""
-    mean = distributed.all_reduce_mean(F.softmax(logits.float(), dim=-1).mean(0))
-    return entropy(mean).mean()
-
-
-def exploration_loss(sequence, explore, alpha, beta, me_max):
-    """The paper's strategies for a model.Sequence: base 0; entropy -alpha H(p); info -beta I(s);
-    combined both; and -me_max * `mean_prediction_entropy`, which is ours, on top of each."""
+def exploration_loss(sequence, explore, alpha, beta):
+    """For a model.Sequence: base 0; entropy -alpha H(p); info -beta I(s); combined both."""
     loss = sequence.logits.new_zeros(())
     if explore in ("entropy", "combined"):
         loss = loss - alpha * symbol_entropy(sequence.logits)
     if explore in ("info", "combined"):
         loss = loss - beta * sequence_information(sequence.weights)
-    if me_max:
-        loss = loss - me_max * mean_prediction_entropy(sequence.logits)
     return loss
 
 

@@ -5,20 +5,18 @@
 
     python model.py                         # the shapes of one batch on this way
 
-Teacher (E_T): a frozen torchvision ViT with DINO weights. Student: descriptor (D_S), discretizer
+Teacher (E_T, teachers.py): a frozen ViT with DINO weights. Student: descriptor (D_S), discretizer
 (discretize.py), interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA of
 P_S. B: images times views, N: patches, d: width, T: symbols, K: vocabulary, D: prefixes.
 """
 import argparse
 import copy
 import math
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
 import discretize
 import distributed
@@ -36,99 +34,7 @@ def attend(q, k, v, mask=None):
     return scores.softmax(-1) @ v
 
 
-# ---- teacher E_T, projectors P_T and P_S ---------------------------------------------------------
-
-class Teacher(nn.Module):
-    """A torchvision ViT that returns all its tokens: x (B, 3, H, W) normalised -> (B,
-    N+1, d), CLS first.
-
-    registers: tokens between CLS and patches that only the blocks see (Darcet et al. 2024).
-    Any H and W that the patch size divides: the position embedding is interpolated bicubically.
-    interpolate_offset and interpolate_antialias are DINOv2's: offset 0.1 takes the scale
-    (h + 0.1) / side as DINO does, 0 takes the size h itself."""
-
-    def __init__(self, vit, registers=0, interpolate_offset=0.0, interpolate_antialias=False):
-        super().__init__()
-        self.vit = vit
-        self.width, self.patch = vit.hidden_dim, vit.patch_size
-        self.image_size = vit.image_size
-        self.registers = nn.Parameter(torch.zeros(1, registers, self.width)) if registers else None
-        self.interpolate_offset = interpolate_offset
-        self.interpolate_antialias = interpolate_antialias
-
-    def get_extra_state(self):
-        """What the shapes of the weights do not tell. state_dict() holds it as `_extra_state`, so
-        a checkpoint builds the same teacher again (teachers.teacher_from_state)."""
-        block = self.vit.encoder.layers[0]
-        return {"heads": block.self_attention.num_heads, "eps": block.ln_1.eps,
-                "interpolate_offset": self.interpolate_offset,
-                "interpolate_antialias": self.interpolate_antialias}
-
-    def set_extra_state(self, state):
-        if state != self.get_extra_state():
-            raise ValueError(f"weights of a teacher with {state}, not {self.get_extra_state()}")
-
-    def positions(self, h, w):
-        """Position embedding for a grid of h x w patches: (1, 1 + h*w, d)."""
-        table = self.vit.encoder.pos_embedding
-        side = self.image_size // self.patch
-        if (h, w) == (side, side):
-            return table
-        grid = table[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
-        offset = self.interpolate_offset
-        to = ({"scale_factor": ((h + offset) / side, (w + offset) / side)} if offset
-              else {"size": (h, w)})
-        grid = F.interpolate(grid, **to, mode="bicubic", align_corners=False,
-                             antialias=self.interpolate_antialias)
-        return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1)
-
-    def forward(self, x):
-        x = self.vit.conv_proj(x)                                               # (B, d, h, w)
-        positions = self.positions(*x.shape[-2:])
-        x = x.flatten(2).transpose(1, 2)                                        # (B, N, d)
-        x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], 1) + positions
-        if self.registers is not None:                                          # (B, 1+R+N, d)
-            x = torch.cat([x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]], 1)
-        for block in self.vit.encoder.layers:       # its own forward takes slower attention
-            x = x + self.attention(block.self_attention, block.ln_1(x))
-            x = x + block.mlp(block.ln_2(x))
-        if self.registers is not None:
-            x = torch.cat([x[:, :1], x[:, 1 + self.registers.shape[1]:]], 1)
-        return self.vit.encoder.ln(x)                                           # (B, N+1, d)
-
-    @staticmethod
-    def attention(layer, x):
-        """layer, a torch.nn.MultiheadAttention, as self-attention of x (B, L, d)."""
-        qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias)
-        # (B, L, 3d) -> three of (B, heads, L, c)
-        q, k, v = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return layer.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
-
-
-def small_vit(image_size, patch, width, depth, heads, stem=(), eps=1e-6, **settings):
-    """A torchvision ViT of any size (without its classifier), randomly initialised as DINO does.
-    stem: channels of 3x3 convolutions in front (Xiao et al. 2021); each that changes their number
-    has stride 2. eps: of the LayerNorms. settings: Teacher's. Raises ValueError when the stem does
-    not make the patch."""
-    strides = [1 + (channels != before) for before, channels in zip([3, *stem], stem)]
-    if stem and math.prod(strides) != patch:
-        raise ValueError(f"a stem of {list(stem)} channels makes patches of {math.prod(strides)} "
-                         f"pixels, not {patch}")
-    convolutions = [ConvStemConfig(channels, 3, stride, distributed.BatchNorm)
-                    for channels, stride in zip(stem, strides)] or None
-    vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width,
-                            norm_layer=partial(nn.LayerNorm, eps=eps),
-                            conv_stem_configs=convolutions)
-    vit.heads = nn.Identity()
-    for module in vit.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.MultiheadAttention):
-            nn.init.trunc_normal_(module.in_proj_weight, std=0.02)
-    nn.init.trunc_normal_(vit.class_token, std=0.02)
-    return Teacher(vit, **settings)
-
+# ---- projectors P_T and P_S ------------------------------------------------------------------------
 
 class DINOHead(nn.Module):
     """Projector P: 3-layer MLP with GELU, bottleneck, L2-normalise, cosine to P prototypes
@@ -404,24 +310,21 @@ class Student(nn.Module):
 def main():
     """The shapes of one batch on its way through the paper's system, at a small size."""
     torch.manual_seed(0)
-    args = argparse.Namespace(disc="softmax", vocab=128, tau=None, tau_start=None, length=8,
-                              straight_through=False, descriptor=(2, 4), interpreter=(2, 4),
-                              prototypes=1024, hidden=512)
-    teacher = small_vit(32, 4, 128, 4, 2)
-    student = Student(args, teacher.width)
-    x = torch.randn(16, 3, 32, 32)
-    z_t = student.preprocess(teacher(x))
+    student = Student(argparse.Namespace(
+        disc="softmax", vocab=128, tau=None, tau_start=None, straight_through=False, length=8,
+        descriptor=(2, 4), interpreter=(2, 4), prototypes=1024, hidden=512), 128)
+    z_t = torch.randn(16, 65, 128)
     sequence = student.describe(z_t, attention=True)
     z_s = student.interpret(sequence.embeddings)
-    rows = [("x", "images times views", x), ("z_t = E_T(x)", "teacher's tokens, CLS first", z_t),
+    for symbol, what, value in (
+            ("z_t = E_T(x)", "teacher's tokens, CLS first", z_t),
             ("p_t = P_T(z_t[CLS])", "logits of P prototypes", student.teacher_projector(z_t[:, 0])),
             ("s = D_S(z_t)", "logits of K symbols at T positions", sequence.logits),
             ("s_q", "the discretizer's weights", sequence.weights),
-            ("", "symbols (argmax)", sequence.ids), ("", "their embeddings", sequence.embeddings),
+            ("", "symbols (argmax)", sequence.ids),
             ("", "attention maps over N patches", sequence.attention),
             ("z_s = E_S(s_q[:n])", "one row for each prefix n", z_s),
-            ("p_s = P_S(z_s)", "logits of P prototypes", student.projector(z_s))]
-    for symbol, what, value in rows:
+            ("p_s = P_S(z_s)", "logits of P prototypes", student.projector(z_s))):
         print(f"{symbol:20} {what:36} {tuple(value.shape)}")
 
 

@@ -26,16 +26,16 @@ class Progress:
 
     last_output = None              # of all instances: quick stages in a row do not flood a file
 
-    def __init__(self, what, total):
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, what, total, done=0):
+        self.what, self.total, self.done, self.before = what, total, done, done
         self.start, self.shown = time.monotonic(), False
 
     def __enter__(self):
         self.update(0)
         return self
 
-    def update(self, count=1, note=""):
-        """`count` more are done; note: what else to print in the line (the loss, say)."""
+    def update(self, count=1, note=None):
+        """`count` more are done; note: returns what else to print in the line (the loss, say)."""
         self.done += count
         now, terminal = time.monotonic(), sys.stdout.isatty()
         pause = TERMINAL_SECONDS if terminal else FILE_SECONDS
@@ -43,10 +43,10 @@ class Progress:
             return
         Progress.last_output, self.shown = now, True
         text = f"{self.what}: {self.done}/{self.total}"
-        if self.done:
-            left = (now - self.start) * (self.total - self.done) / self.done
+        if self.done > self.before:
+            left = (now - self.start) * (self.total - self.done) / (self.done - self.before)
             text += f", {duration(left)} left"
-        text += f"  {note}" if note else ""
+        text += f"  {note()}" if note else ""
         print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
 
     def __exit__(self, *error):

@@ -1,4 +1,4 @@
-"""Where the teacher comes from: a name, or a file with any plain ViT's weights -> model.Teacher.
+"""Where the teacher comes from: a name, or a file with any plain ViT's weights -> Teacher.
 
     load_teacher("dinov2_vits14")                   # a name of HUB, downloaded once
     load_teacher("random:dino_vitb16")              # that architecture with random weights
@@ -32,11 +32,17 @@ import json
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from model import small_vit
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
+
+import distributed
+from model import attend
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -53,8 +59,104 @@ HUB = {
 DINO_OFFSET = 0.1                               # of DINO's and DINOv2's interpolate_pos_encoding
 
 
+# ---- the network E_T --------------------------------------------------------------------------------
+
+class Teacher(nn.Module):
+    """A torchvision ViT that returns all its tokens: x (B, 3, H, W) normalised -> (B,
+    N+1, d), CLS first.
+
+    registers: tokens between CLS and patches that only the blocks see (Darcet et al. 2024).
+    Any H and W that the patch size divides: the position embedding is interpolated bicubically.
+    interpolate_offset and interpolate_antialias are DINOv2's: offset 0.1 takes the scale
+    (h + 0.1) / side as DINO does, 0 takes the size h itself."""
+
+    def __init__(self, vit, registers=0, interpolate_offset=0.0, interpolate_antialias=False):
+        super().__init__()
+        self.vit = vit
+        self.width, self.patch = vit.hidden_dim, vit.patch_size
+        self.image_size = vit.image_size
+        self.registers = nn.Parameter(torch.zeros(1, registers, self.width)) if registers else None
+        self.interpolate_offset = interpolate_offset
+        self.interpolate_antialias = interpolate_antialias
+
+    def get_extra_state(self):
+        """What the shapes of the weights do not tell. state_dict() holds it as `_extra_state`, so
+        a checkpoint builds the same teacher again (teachers.teacher_from_state)."""
+        block = self.vit.encoder.layers[0]
+        return {"heads": block.self_attention.num_heads, "eps": block.ln_1.eps,
+                "interpolate_offset": self.interpolate_offset,
+                "interpolate_antialias": self.interpolate_antialias}
+
+    def set_extra_state(self, state):
+        if state != self.get_extra_state():
+            raise ValueError(f"weights of a teacher with {state}, not {self.get_extra_state()}")
+
+    def positions(self, h, w):
+        """Position embedding for a grid of h x w patches: (1, 1 + h*w, d)."""
+        table = self.vit.encoder.pos_embedding
+        side = self.image_size // self.patch
+        if (h, w) == (side, side):
+            return table
+        grid = table[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
+        offset = self.interpolate_offset
+        to = ({"scale_factor": ((h + offset) / side, (w + offset) / side)} if offset
+              else {"size": (h, w)})
+        grid = F.interpolate(grid, **to, mode="bicubic", align_corners=False,
+                             antialias=self.interpolate_antialias)
+        return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+    def forward(self, x):
+        x = self.vit.conv_proj(x)                                               # (B, d, h, w)
+        positions = self.positions(*x.shape[-2:])
+        x = x.flatten(2).transpose(1, 2)                                        # (B, N, d)
+        x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], 1) + positions
+        if self.registers is not None:                                          # (B, 1+R+N, d)
+            x = torch.cat([x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]], 1)
+        for block in self.vit.encoder.layers:       # its own forward takes slower attention
+            x = x + self.attention(block.self_attention, block.ln_1(x))
+            x = x + block.mlp(block.ln_2(x))
+        if self.registers is not None:
+            x = torch.cat([x[:, :1], x[:, 1 + self.registers.shape[1]:]], 1)
+        return self.vit.encoder.ln(x)                                           # (B, N+1, d)
+
+    @staticmethod
+    def attention(layer, x):
+        """layer, a torch.nn.MultiheadAttention, as self-attention of x (B, L, d)."""
+        qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias)
+        # (B, L, 3d) -> three of (B, heads, L, c)
+        q, k, v = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return layer.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def small_vit(image_size, patch, width, depth, heads, stem=(), eps=1e-6, **settings):
+    """A torchvision ViT of any size (without its classifier), randomly initialised as DINO does.
+    stem: channels of 3x3 convolutions in front (Xiao et al. 2021); each that changes their number
+    has stride 2. eps: of the LayerNorms. settings: Teacher's. Raises ValueError when the stem does
+    not make the patch."""
+    strides = [1 + (channels != before) for before, channels in zip([3, *stem], stem)]
+    if stem and math.prod(strides) != patch:
+        raise ValueError(f"a stem of {list(stem)} channels makes patches of {math.prod(strides)} "
+                         f"pixels, not {patch}")
+    convolutions = [ConvStemConfig(channels, 3, stride, distributed.BatchNorm)
+                    for channels, stride in zip(stem, strides)] or None
+    vit = VisionTransformer(image_size, patch, depth, heads, width, 4 * width,
+                            norm_layer=partial(nn.LayerNorm, eps=eps),
+                            conv_stem_configs=convolutions)
+    vit.heads = nn.Identity()
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.MultiheadAttention):
+            nn.init.trunc_normal_(module.in_proj_weight, std=0.02)
+    nn.init.trunc_normal_(vit.class_token, std=0.02)
+    return Teacher(vit, **settings)
+
+
+# ---- where it comes from -----------------------------------------------------------------------------
+
 def load_teacher(name_or_path):
-    """A name of HUB, `random:` and a name of HUB, a name in weights/, or a file -> model.Teacher,
+    """A name of HUB, `random:` and a name of HUB, a name in weights/, or a file -> Teacher,
     frozen, in eval mode, float32. Raises OSError or ValueError, one line that says what to do."""
     name = str(name_or_path)
     if name.startswith("random:"):

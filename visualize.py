@@ -1,13 +1,13 @@
-"""Draw what the student says, where it looks when it says it, and how its training went.
+"""Draws each symbol with its attention map, one symbol over many images, and training curves.
 
     python visualize.py runs/a/ckpt.pt                               # Figures 1 and 5, test images
     python visualize.py runs/a/ckpt.pt cat.jpg dog.png --out figs    # Figure 1, your own images
     python visualize.py runs/a/ckpt.pt --symbol 279 --count 12       # Figure 5, that symbol
     python visualize.py --curves runs/a runs/b --out curves.png      # Figures 3 and 4
 
-A mask is the descriptor's cross-attention in its deepest layer (paper, Figure 1), averaged over its
-heads; symbols are hard (argmax). Pillow draws it all: a plotting library would be the project's
-largest dependency after PyTorch.
+An attention map is the cross-attention of the descriptor's deepest block to the patches, mean over
+heads (paper, Figure 1; model.Attention.weights). Symbols are hard (argmax), all is in float32.
+Pillow draws, because a plotting library would be the largest dependency after PyTorch.
 """
 import argparse
 import json
@@ -17,28 +17,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont, features
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from data import load, normalize, read_image
-from checkpoint import load_model
+import checkpoint
+import data
 
 WIDTH, MARGIN, GAP = 1400, 24, 8        # pixels: the widest figure, its border, between images
 CELL, CHIP, COLUMNS = 112, 22, 8        # an image's side, a chip's height, images in a line
 INK, GREY, PALE = (25, 28, 33), (112, 117, 125), (228, 230, 234)
-# Okabe and Ito's colours, made for the colour-blind, and four more, for the paper's nine runs.
+# Okabe and Ito's colours for the colour-blind, and four more, for the paper's nine runs
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b",
                "#9467bd", "#7f7f7f", "#000000")
 
 
 class Sheet:
-    """A white page in figure pixels. Shapes are drawn SCALE times as large and averaged down, since
-    Pillow does not anti-alias them. It does anti-alias letters: they are set last, at true size."""
+    """A white page in figure pixels. All is drawn SCALE times as large and averaged down at the
+    end, because Pillow does not anti-alias shapes."""
     SCALE = 2
 
     def __init__(self, width, height):
         self.page = Image.new("RGB", (width * self.SCALE, height * self.SCALE), "white")
         self.draw = ImageDraw.Draw(self.page)
-        self.labels = []
 
     def box(self, x, y, width, height, fill):
         corners = [v * self.SCALE for v in (x, y, x + width, y + height)]
@@ -54,52 +53,44 @@ class Sheet:
         image = image.resize((side * self.SCALE, side * self.SCALE), Image.BICUBIC)
         self.page.paste(image, (x * self.SCALE, y * self.SCALE))
 
-    def text(self, x, y, text, size=13, fill=INK, align=0.0, room=WIDTH):
-        """At height y, from x rightwards (align 0), around x (0.5) or up to x (1). Text wider than
-        `room` is cut short. A Pillow without FreeType has a small bitmap font of Latin-1 alone."""
-        letters = ImageFont.load_default(size if features.check("freetype2") else None)
-        if isinstance(letters, ImageFont.ImageFont):
-            text = text.encode("latin-1", "replace").decode("latin-1")
-        kept = text
-        while kept and letters.getlength(text) > room:
+    def text(self, x, y, text, size=13, fill=INK, align="l", room=WIDTH):
+        """At height y, from x rightwards (align "l"), around x ("m") or up to x ("r"). Text wider
+        than `room` is cut short."""
+        font, kept = ImageFont.load_default(size * self.SCALE), text
+        while kept and font.getlength(text) > room * self.SCALE:
             kept = kept[:-1]
             text = kept + "..."
-        _, top, _, bottom = letters.getbbox("H0")               # the same baseline for every word
-        at = round(x - align * letters.getlength(text)), round(y - (top + bottom) / 2)
-        self.labels.append((at, text, fill, letters))
-
-    def render(self):
-        """-> the finished PIL image, at true size."""
-        page = self.page.reduce(self.SCALE)
-        for label in self.labels:
-            ImageDraw.Draw(page).text(*label)
-        return page
+        self.draw.text((x * self.SCALE, y * self.SCALE), text, fill, font, align + "m")
 
     def save(self, path):
-        page = self.render()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        page.save(path)
+        self.page.reduce(self.SCALE).save(path)
         return Path(path)
 
 
-# ---- Figure 1: sequences and masks ---------------------------------------------------------------
+# ---- Figure 1: sequences and attention maps ------------------------------------------------------
 
 @torch.no_grad()
-def read(teacher, student, images, size, attention=False):
-    """uint8 (n, 3, H, W) -> ids (n, T) and, if asked for, attention (n, T, N), on the CPU."""
-    device = next(student.parameters()).device
-    ids, masks = [], []
-    for batch in images.split(128):
-        tokens = teacher(normalize(batch.to(device), size))                     # (B, N+1, d)
-        said = student.describe(student.preprocess(tokens), hard=True, attention=attention)
-        ids.append(said.ids.cpu())
-        masks += [said.attention.float().cpu()] if attention else []
-    return torch.cat(ids), torch.cat(masks) if attention else None
+def symbols_and_maps(teacher, student, batches, size=None):
+    """batches: an iterable of uint8 (b, 3, H, W), n images in all; size: side at which the teacher
+    takes them (None: theirs) -> ids (n, T), attention maps (n, T, N) of sum 1, on the CPU."""
+    device, ids, maps = next(student.parameters()).device, [], []
+    for images in batches:
+        z_t = teacher(data.normalize(images.to(device), size))                  # (b, N+1, d)
+        sequence = student.describe(student.preprocess(z_t), hard=True, attention=True)
+        ids.append(sequence.ids.cpu())
+        maps.append(sequence.attention.cpu())
+    return torch.cat(ids), torch.cat(maps)
 
 
 def spread(n, count):
     """`count` of n indices, evenly spaced: varied even where the data set is sorted by class."""
     return torch.linspace(0, n - 1, min(n, count)).round().long()
+
+
+def class_names(image_set, indices):
+    """-> a list of strings, "" for an image without a class."""
+    return [image_set.classes[y] if y >= 0 else "" for y in image_set.labels[indices].tolist()]
 
 
 def chip_colours(symbol):
@@ -115,15 +106,14 @@ def draw_chip(sheet, x, y, symbol, width):
     """The id on the symbol's colour."""
     colour, ink = chip_colours(symbol)
     sheet.box(x, y, width, CHIP, colour)
-    sheet.text(x + width / 2, y + CHIP / 2, str(symbol), 14, ink, 0.5)
+    sheet.text(x + width / 2, y + CHIP / 2, str(symbol), 14, ink, "m")
 
 
 def overlay(image, attention, side):
-    """uint8 image (3, H, W) and its attention (N,), sum 1, N square -> uint8 (3, side, side).
+    """uint8 image (3, H, W) and an attention map (N,), sum 1, N square -> uint8 (3, side, side).
 
-    Tinted warm where the student looks, dark and grey elsewhere. Full heat is the mask's peak, or
-    four times uniform attention if the peak is lower: a mask that looks everywhere must look flat,
-    not as if it found the whole image interesting.
+    Warm where the attention is high, dark and grey elsewhere. Full warmth is the map's peak, or
+    four times uniform attention if the peak is lower, so that a uniform map looks flat and dim.
     """
     grid = math.isqrt(len(attention))
     heat = attention.view(1, 1, grid, grid) / max(float(attention.max()), 4 / grid**2)
@@ -136,21 +126,21 @@ def overlay(image, attention, side):
 
 
 def figure1(teacher, student, images, titles, path, size=None):
-    """One row an image: the image, then each symbol of its sequence above its mask. -> path
+    """One row an image: the image, then each symbol of its sequence above its attention map.
 
     images: uint8 (n, 3, H, W); titles: n strings; size: side at which the teacher takes the images
-    (None: theirs). Our choice: a symbol and its mask share a column, where the paper draws the
-    sequence apart; nobody need count to find a symbol's mask.
+    (None: theirs) -> path. Our choice: a symbol and its map share a column, where the paper draws
+    the sequence apart, so that nobody has to count.
     """
-    ids, attention = read(teacher, student, images, size, attention=True)
+    ids, maps = symbols_and_maps(teacher, student, images.split(128), size)
     n, length = ids.shape
     cell = min(CELL, (WIDTH - 2 * MARGIN - 2 * GAP) // (length + 1) - GAP)
     left, top, column, row = MARGIN + cell + 3 * GAP, MARGIN + 50, cell + GAP, cell + CHIP + 20
     sheet = Sheet(left + length * column - GAP + MARGIN, top + n * row - 2 * GAP + MARGIN)
     sheet.text(MARGIN, MARGIN + 6, "image", 14)
-    sheet.text(left, MARGIN + 6, "symbols in the order said, and where the student looked", 14)
+    sheet.text(left, MARGIN + 6, "symbols in the order emitted, and their attention maps", 14)
     for t in range(length):
-        sheet.text(left + t * column + cell / 2, MARGIN + 34, str(t + 1), 13, GREY, 0.5)
+        sheet.text(left + t * column + cell / 2, MARGIN + 34, str(t + 1), 13, GREY, "m")
     for i in range(n):
         y = top + i * row
         sheet.text(MARGIN, y + CHIP / 2, titles[i], 14, room=cell)
@@ -158,73 +148,77 @@ def figure1(teacher, student, images, titles, path, size=None):
         for t, symbol in enumerate(ids[i].tolist()):
             x = left + t * column
             draw_chip(sheet, x, y, symbol, cell)
-            sheet.image(overlay(images[i], attention[i, t], 2 * cell), x, y + CHIP + 4, cell)
+            sheet.image(overlay(images[i], maps[i, t], 2 * cell), x, y + CHIP + 4, cell)
     return sheet.save(path)
 
 
 # ---- Figure 5: one symbol ------------------------------------------------------------------------
 
-SPECIFIC = ("the symbol most specific to one class, of those in at least 1 % of the images "
-            "(without classes: the symbol in the most)")
+SPECIFIC = ("the symbol most specific to one class, among those of at least 1 % of the images "
+            "(without classes: the most frequent one)")
 
 
 def specific_symbol(ids, labels):
     """ids (n, T), labels (n,), -1 = none -> SPECIFIC: the symbol whose images are most often of a
     single class. Our choice, as the paper does not say how it found 279; a rare symbol can look
     specific by chance, hence the 1 %."""
-    said = torch.zeros(len(ids), int(ids.max()) + 1).scatter_(1, ids, 1.0)      # (n, K) 0 or 1
-    uses, known = said.sum(0), labels >= 0
+    emitted = torch.zeros(len(ids), int(ids.max()) + 1).scatter_(1, ids, 1.0)   # (n, K) 0 or 1
+    uses, known = emitted.sum(0), labels >= 0
     if not known.any():
         return int(uses.argmax())
-    share = (F.one_hot(labels[known]).T.float() @ said[known]).amax(0) / uses.clamp(min=1)
+    share = (F.one_hot(labels[known]).T.float() @ emitted[known]).amax(0) / uses.clamp(min=1)
     often = (uses > 0) & (uses >= min(0.01 * len(ids), float(uses.max())))
     return max(often.nonzero().flatten().tolist(), key=lambda s: (float(share[s]), float(uses[s])))
 
 
-def symbol_facts(ids, data, symbol):
-    """Two lines: how often and of what the symbol is said, how its uses divide over positions."""
+def symbol_facts(ids, image_set, symbol):
+    """Two lines: how many images, of which class, emit the symbol; its uses at each position."""
     n, users = len(ids), (ids == symbol).any(1)
     uses = int(users.sum())
-    often = f"symbol {symbol}: said in {uses} of {n} test images ({100 * uses / n:.1f} %)"
-    counts = [int((data.labels[users] == c).sum()) for c in range(len(data.classes))]
+    often = f"symbol {symbol}: emitted for {uses} of {n} test images ({100 * uses / n:.1f} %)"
+    counts = [int((image_set.labels[users] == c).sum()) for c in range(len(image_set.classes))]
     if any(counts):
-        name = data.classes[counts.index(max(counts))]
+        name = image_set.classes[counts.index(max(counts))]
         often += f', {100 * max(counts) / uses:.0f} % of them "{name}"'
-    places = (ids == symbol).sum(0)
-    places = enumerate((100 * places / places.sum()).tolist(), 1)
-    return often, "its uses by position" + "".join(f"     {t}: {p:.0f} %" for t, p in places if p)
+    shares = (ids == symbol).sum(0)
+    shares = enumerate((100 * shares / shares.sum()).tolist(), 1)
+    return often, "its uses by position" + "".join(f"     {t}: {p:.0f} %" for t, p in shares if p)
 
 
-def figure5(teacher, student, data, folder, symbol=None, count=24, size=None):
-    """Images whose sequences hold one symbol, each above where the student looked when it said it.
+def figure5(teacher, student, image_set, folder, symbol=None, count=24, size=None):
+    """Images for which the student emits one symbol, each above the symbol's attention map.
 
-    data: an ImageSet; symbol: an id, or None for `specific_symbol`'s choice; size: as in `figure1`.
-    Shown are `count` images, evenly spread over all that say it, none picked by hand.
-    -> FOLDER/figure5_symbol<ID>.png. Raises ValueError if no image says the symbol.
+    symbol: an id, or None for `specific_symbol`'s choice; size: as in `figure1`. Shown are `count`
+    images, evenly spread over all that have it, none picked by hand, and at which positions they
+    have it: in the recipe `stable` each position has its own codebook, and that symbol k points the
+    same way in all of them holds only as well as they could be matched.
+    -> FOLDER/figure5_symbol<ID>.png. Raises ValueError if no image has the symbol.
     """
-    ids, _ = read(teacher, student, data.images, size)
-    best = specific_symbol(ids, data.labels)
-    why = "given by hand" if symbol is not None else "chosen as " + SPECIFIC
+    batches = image_set.batches(torch.arange(len(image_set)).split(128))
+    ids, maps = symbols_and_maps(teacher, student, batches, size)
+    best = specific_symbol(ids, image_set.labels)
+    why = "given by --symbol" if symbol is not None else "chosen as " + SPECIFIC
     symbol = best if symbol is None else symbol
     users = (ids == symbol).any(1).nonzero().flatten()
     if not len(users):
-        raise ValueError(f"none of {len(ids)} test images says symbol {symbol}; try {best}")
+        raise ValueError(f"none of {len(ids)} test images has symbol {symbol}; try {best}")
     users = users[spread(len(users), count)]
-    ids_shown, attention = read(teacher, student, data.images[users], size, attention=True)
     top, column, row = MARGIN + 80, CELL + GAP, 2 * CELL + 38
     lines = math.ceil(len(users) / COLUMNS)
     sheet = Sheet(2 * MARGIN + COLUMNS * column - GAP, top + lines * row - 2 * GAP + MARGIN)
-    often, places = symbol_facts(ids, data, symbol)
+    often, positions = symbol_facts(ids, image_set, symbol)
     draw_chip(sheet, MARGIN, MARGIN, symbol, 64)
     sheet.text(MARGIN + 76, MARGIN + CHIP / 2, often, 16)
-    sheet.text(MARGIN, MARGIN + 38, places, 13, GREY, room=COLUMNS * column)
+    sheet.text(MARGIN, MARGIN + 38, positions, 13, GREY, room=COLUMNS * column)
     sheet.text(MARGIN, MARGIN + 58, why, 13, GREY)
-    for i, (image, label) in enumerate(zip(data.images[users], data.labels[users].tolist())):
+    shown = zip(users.tolist(), image_set.get(users), class_names(image_set, users))
+    for i, (user, image, name) in enumerate(shown):
         x, y = MARGIN + i % COLUMNS * column, top + i // COLUMNS * row
-        sheet.text(x, y + 8, data.classes[label] if label >= 0 else "", room=CELL)
+        at = (ids[user] == symbol).nonzero().flatten()
+        places = "at " + ", ".join(str(t + 1) for t in at.tolist())
+        sheet.text(x, y + 8, f"{places}: {name}" if name else places, room=CELL)
         sheet.image(image, x, y + 20, CELL)
-        mask = attention[i][ids_shown[i] == symbol].mean(0)     # said twice: the mean of its masks
-        sheet.image(overlay(image, mask, 2 * CELL), x, y + 22 + CELL, CELL)
+        sheet.image(overlay(image, maps[user, at].mean(0), 2 * CELL), x, y + 22 + CELL, CELL)
     return sheet.save(Path(folder) / f"figure5_symbol{symbol}.png")
 
 
@@ -232,13 +226,13 @@ def figure5(teacher, student, data, folder, symbol=None, count=24, size=None):
 
 PANELS = {"knn_top1": "k-NN top-1, %", "loss": "loss",
           "teacher_entropy": "teacher entropy, nats (dashed: ln P)", "kl": "KL(teacher, student)",
-          "symbol_entropy": "symbol entropy, nats", "information": "information",
+          "symbol_entropy": "symbol entropy, nats", "information": "information I(s), nats",
           "perplexity": "perplexity, mean over positions", "usage": "share of vocabulary in use"}
 
 
 def read_metrics(run):
-    """RUN/metrics.jsonl -> its rows, by epoch; of an epoch logged twice (a resumed run) the later.
-    What follows the last line break is half written, by a run that goes on, and is left out."""
+    """RUN/metrics.jsonl -> its rows by epoch; the later of two for one epoch. Half a line at the
+    end, which a running run is writing, is left out. Raises OSError or ValueError with the name."""
     path = Path(run) / "metrics.jsonl"
     try:
         lines = path.read_text().split("\n")[:-1]
@@ -270,9 +264,9 @@ def nice_ticks(low, high, least=0.0):
 
 
 def plot(sheet, box, title, lines, levels=()):
-    """A panel in box (left, top, right, bottom). lines: [(colour, [(epoch, value)])]; levels: to be
-    dashed lines. Lines that leave out epochs get dots: what was measured every tenth must not
-    look measured in each. -> place(epoch, value), which gives pixels; None without any value."""
+    """A panel in box (left, top, right, bottom). lines: [(colour, [(epoch, value)])]; levels: of
+    dashed lines. A line that leaves out epochs gets a dot at each value, so that it does not
+    look measured in all. -> place(epoch, value), which gives pixels; None without any value."""
     left, top, right, bottom = box
     sheet.text(left, top - 16, title, 14)
     points = [point for _, values in lines for point in values]
@@ -289,9 +283,9 @@ def plot(sheet, box, title, lines, levels=()):
     for tick in ys:
         _, y = place(xs[0], tick)
         sheet.line([(left, y), (right, y)], PALE if tick > ys[0] else GREY)
-        sheet.text(left - 7, y, f"{tick:.{digits}f}", 12, GREY, 1)
+        sheet.text(left - 7, y, f"{tick:.{digits}f}", 12, GREY, "r")
     for tick in xs:
-        sheet.text(place(tick, ys[0])[0], bottom + 14, f"{tick:.0f}", 12, GREY, 0.5)
+        sheet.text(place(tick, ys[0])[0], bottom + 14, f"{tick:.0f}", 12, GREY, "m")
     for _, y in (place(xs[0], level) for level in levels):
         for x in range(left, right, 10):
             sheet.line([(x, y), (x + 5, y)], GREY)
@@ -309,7 +303,7 @@ def panel(sheet, x, y, width, height, key, tables):
     lines = [(colour, series(rows, key)) for colour, rows in zip(RUN_COLOURS, tables)]
     levels = {level for rows in tables for _, level in series(rows, key + "_max")}
     plot(sheet, (x, y, x + width - 70, y + height - 74), PANELS[key], lines, levels)
-    sheet.text(x + width - 70, y + height - 44, "epoch", 12, GREY, 1)
+    sheet.text(x + width - 70, y + height - 44, "epoch", 12, GREY, "r")
 
 
 def curves(runs, path, keys=tuple(PANELS)):
@@ -339,25 +333,27 @@ def curves(runs, path, keys=tuple(PANELS)):
 
 def draw_checkpoint(args):
     """Figure 1, and Figure 5 unless only image files were asked for. Yields their paths."""
-    config, teacher, student = load_checkpoint(args.checkpoint, args.device)
+    config, teacher, student = checkpoint.load_model(args.checkpoint, args.device)
     size, out = config["image_size"], Path(args.out)
-    images = [read_image(path, size) for path in args.images]
+    images = [data.read_image(path, size) for path in args.images]
     titles = [Path(path).stem for path in args.images]
     if args.symbol is not None or not images:
-        data = load(args.data or config["data"], "test", size, args.limit, config["seed"])
-        yield figure5(teacher, student, data, out, args.symbol, 3 * args.count, size)
+        name = args.data or config["data"]
+        image_set = data.load(name, "test", size, args.limit, config["seed"])
+        yield figure5(teacher, student, image_set, out, args.symbol, 3 * args.count, size)
     if not images:
-        shown = spread(len(data), args.count)
-        images = list(data.images[shown])
-        titles = [data.classes[c] if c >= 0 else "" for c in data.labels[shown].tolist()]
-    yield figure1(teacher, student, torch.stack(images), titles, out / "figure1.png", size)
+        shown = spread(len(image_set), args.count)
+        images, titles = image_set.get(shown), class_names(image_set, shown)
+    yield figure1(teacher, student, torch.stack([*images]), titles, out / "figure1.png", size)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        usage="visualize.py RUN/ckpt.pt [IMAGE ...], or visualize.py --curves RUN ... (-h: more)")
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="RUN/ckpt.pt, for Figures 1 and 5")
-    add("images", nargs="*", help="image files for Figure 1 (default: test images)")
+    add("checkpoint", nargs="?", metavar="RUN/ckpt.pt", help="for Figures 1 and 5")
+    add("images", nargs="*", metavar="IMAGE", help="files for Figure 1 (default: test images)")
     add("--out", default=".", help="folder for the figures; with --curves also a FILE.png")
     add("--symbol", type=int, help=f"Figure 5's symbol (default: {SPECIFIC.replace('%', '%%')})")
     add("--count", type=int, default=8, help="rows of Figure 1; Figure 5 shows three times as many")
@@ -370,6 +366,8 @@ def main(argv=None):
     if bool(args.curves) == bool(args.checkpoint) or min(args.count, args.limit) < 1:
         parser.error("give a checkpoint, or --curves RUN ...; --count and --limit are at least 1")
     try:
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
         if args.curves:
             out = Path(args.out)
             print(curves(args.curves, out if out.suffix == ".png" else out / "curves.png"))

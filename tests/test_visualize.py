@@ -1,36 +1,36 @@
-"""visualize.py: planted masks, symbols and points must come out at the pixels computed by hand."""
+"""visualize.py: planted maps, symbols and points must come out at the pixels computed by hand."""
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont, features
+from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 import visualize
 from data import ImageSet
 
 
 class FakeStudent(torch.nn.Module):
-    """Says symbol t * 10 + (a bright image) at position t, and looks at patch t of 4 x 4."""
+    """Emits symbol t * 10 + (a bright image) at position t, and attends to patch t of 4 x 4."""
 
     def __init__(self, length=8):
         super().__init__()
         self.nothing, self.length = torch.nn.Parameter(torch.zeros(1)), length
 
-    def describe(self, z, hard=False, attention=False):
-        assert hard                                     # every figure shows hard symbols
-        ids = torch.arange(self.length) * 10 + (z.mean((1, 2, 3)) > 0).long()[:, None]
-        looks = torch.eye(16)[: self.length].expand(len(z), -1, -1)
-        return SimpleNamespace(ids=ids, attention=looks if attention else None)
+    def preprocess(self, z_t):
+        return z_t + 100                                # describe must get what this returns
+
+    def describe(self, z_t, hard=False, attention=False):
+        assert hard and attention                       # every figure shows hard symbols
+        ids = torch.arange(self.length) * 10 + (z_t.mean((1, 2, 3)) > 100).long()[:, None]
+        maps = torch.eye(16)[: self.length].expand(len(z_t), -1, -1)
+        return SimpleNamespace(ids=ids, attention=maps)
 
 
 def teacher(x):
-    return x                                            # FakeStudent reads the pixels themselves
+    return x                                            # FakeStudent gets the pixels themselves
 
 
 def dark_and_bright():
@@ -47,12 +47,23 @@ def write_run(folder, rows):
     return folder
 
 
+@pytest.fixture
+def texts(monkeypatch):
+    """The list of all texts drawn, in their order."""
+    drawn, text = [], visualize.Sheet.text
+    def record(sheet, x, y, words, *args, **kwargs):
+        drawn.append(words)
+        text(sheet, x, y, words, *args, **kwargs)
+    monkeypatch.setattr(visualize.Sheet, "text", record)
+    return drawn
+
+
 def near(colour, pixels):
     """Where the (h, w, 3) pixels are within 12 of a colour, per channel: bool (h, w)."""
     return (np.abs(np.asarray(pixels, int) - colour) <= 12).all(-1)
 
 
-# ---- masks and Figure 1 --------------------------------------------------------------------------
+# ---- attention maps and Figure 1 ----------------------------------------------------------------
 
 def test_overlay_is_warmest_at_the_planted_patch():
     attention = torch.full((64,), 0.1 / 63)
@@ -66,7 +77,7 @@ def test_overlay_is_warmest_at_the_planted_patch():
     assert warmth[35, 77] > 60 and warmth[100, 10] < -10
 
 
-def test_a_mask_that_looks_everywhere_stays_flat_and_dimmer_than_a_peak():
+def test_a_uniform_map_stays_flat_and_dimmer_than_a_peak():
     image = torch.full((3, 16, 16), 128, dtype=torch.uint8)
     flat = visualize.overlay(image, torch.full((16,), 1 / 16), 32).int()
     assert int(flat.amax((1, 2)).sub(flat.amin((1, 2))).max()) == 0
@@ -74,14 +85,14 @@ def test_a_mask_that_looks_everywhere_stays_flat_and_dimmer_than_a_peak():
     assert int(flat.sum(0).max()) < int(peak.sum(0).max()) - 100
 
 
-def test_figure1_has_each_mask_below_its_symbol(tmp_path):
+def test_figure1_has_each_map_below_its_symbol(tmp_path):
     data = dark_and_bright()
     path = visualize.figure1(teacher, FakeStudent(), data.images[:2], ["a", ""],
                              tmp_path / "f.png")
     page = Image.open(path).convert("RGB")
     # By hand: left = 24 + 112 + 24 = 160, a column 120 wide, rows from y = 74, 154 high.
     assert page.size == (160 + 8 * 120 - 8 + 24, 74 + 2 * 154 - 16 + 24)
-    for t in range(8):                                  # the warmest pixel is in patch t of mask t
+    for t in range(8):                                  # the warmest pixel is in patch t of map t
         x, y = 160 + 120 * t, 74 + 154 + 26
         red, _, blue = np.moveaxis(np.asarray(page.crop((x, y, x + 112, y + 112)), int), -1, 0)
         row, column = divmod(int((red - blue).argmax()), 112)
@@ -100,32 +111,29 @@ def test_a_long_sequence_still_fits_the_width(tmp_path):
     assert near((255, 255, 255), page.crop((96, 74, 117, 96))).all()
 
 
-def test_text_wider_than_its_room_is_cut():
-    sheet = visualize.Sheet(200, 50)
-    sheet.text(0, 10, "short", room=100)
-    sheet.text(0, 30, "a name that is far too long for this", room=100)
-    texts = [label[1] for label in sheet.labels]
-    assert texts[0] == "short" and texts[1].startswith("a name") and texts[1].endswith("...")
-    assert sheet.labels[1][3].getlength(texts[1]) <= 100
+def ink_columns(sheet, path):
+    """First and last column with ink."""
+    page = np.asarray(Image.open(sheet.save(path)).convert("L"))
+    columns = np.flatnonzero((page < 128).any(0))
+    return int(columns[0]), int(columns[-1])
 
 
-def test_without_freetype_the_bitmap_font_serves(tmp_path, monkeypatch):
-    bitmap = ImageFont.load_default_imagefont()
-    monkeypatch.setattr(features, "check", lambda name: False)
-    monkeypatch.setattr(ImageFont, "load_default",
-                        lambda size=None: bitmap if size is None else pytest.fail("no FreeType"))
-    sheet = visualize.Sheet(120, 20)
-    sheet.text(60, 10, "Bär 日本", align=0.5)              # the last two are not in Latin-1
-    ink = np.asarray(Image.open(sheet.save(tmp_path / "t.png")).convert("L")) < 128
-    columns = np.flatnonzero(ink.any(0))
-    assert len(columns) and abs((columns[0] + columns[-1]) / 2 - 60) < 6         # centred
+@pytest.mark.parametrize("align, centre", [("l", 140), ("m", 100), ("r", 60)])
+def test_text_wider_than_its_room_is_cut_and_aligned(tmp_path, align, centre):
+    sheet = visualize.Sheet(200, 30)
+    sheet.text(100, 15, "H a name that is far too long for this H", align=align, room=80)
+    first, last = ink_columns(sheet, tmp_path / "t.png")
+    assert 65 < last - first < 80 and abs((first + last) / 2 - centre) < 6
+    sheet = visualize.Sheet(200, 30)
+    sheet.text(100, 15, "H", room=80)
+    assert ink_columns(sheet, tmp_path / "t.png")[1] < 115          # no dots after a short one
 
 
 # ---- Figure 5 ------------------------------------------------------------------------------------
 
 def planted_ids():
     """200 images, 4 classes of 50. Symbol 7: 20 images, 18 of class 2. Symbol 3: in every image.
-    Symbol 9: one image only, which makes it look perfectly specific. The rest says 1."""
+    Symbol 9: one image only, which makes it look perfectly specific. The rest: 1."""
     ids, labels = torch.ones(200, 4, dtype=torch.long), torch.arange(200) // 50
     ids[:, 0] = 3
     ids[100:118, 1], ids[0:2, 2] = 7, 7
@@ -143,34 +151,51 @@ def test_the_default_symbol_is_the_planted_one():
 
 def test_symbol_facts_by_hand():
     ids, labels = planted_ids()
-    data = SimpleNamespace(labels=labels, classes=["ant", "bee", "cat", "dog"])
-    often, places = visualize.symbol_facts(ids, data, 7)
-    assert often == 'symbol 7: said in 20 of 200 test images (10.0 %), 90 % of them "cat"'
-    assert places.split() == "its uses by position 2: 90 % 3: 10 %".split()
+    image_set = SimpleNamespace(labels=labels, classes=["ant", "bee", "cat", "dog"])
+    often, positions = visualize.symbol_facts(ids, image_set, 7)
+    assert often == 'symbol 7: emitted for 20 of 200 test images (10.0 %), 90 % of them "cat"'
+    assert positions.split() == "its uses by position 2: 90 % 3: 10 %".split()
 
 
-def test_figure5_shows_the_images_that_say_the_symbol(tmp_path):
+def test_figure5_shows_the_images_that_have_the_symbol(tmp_path, texts):
     path = visualize.figure5(teacher, FakeStudent(), dark_and_bright(), tmp_path, count=9)
-    assert path.name == "figure5_symbol1.png"           # a bright image says 1, 11, 21, ... alike
+    assert path.name == "figure5_symbol1.png"           # a bright image has 1, 11, 21, ... alike
     page = Image.open(path).convert("RGB")
     assert page.size == (48 + 8 * 120 - 8, 104 + 2 * 262 - 16 + 24)              # two lines: 8 + 1
     for x, y in ((24, 124), (24 + 7 * 120, 124), (24, 124 + 262)):
         assert page.getpixel((x + 56, y + 56)) == (250, 250, 250)
     red, _, blue = np.moveaxis(np.asarray(page.crop((24, 238, 136, 350)), int), -1, 0)
-    assert divmod(int((red - blue).argmax()), 112) < (28, 28)                    # looks at patch 0
+    assert divmod(int((red - blue).argmax()), 112) < (28, 28)                    # patch 0
     assert page.getpixel((24 + 120 + 56, 124 + 262 + 56)) == (255, 255, 255)     # no tenth image
+    assert texts[4:] == ["at 1: bright"] * 9
 
 
-def test_figure5_looks_where_its_own_symbol_does(tmp_path):
-    path = visualize.figure5(teacher, FakeStudent(), dark_and_bright(), tmp_path, 31, count=1)
-    page = Image.open(path).convert("RGB")              # 31 is said at the fourth position: patch 3
+def test_figure5_shows_the_map_and_the_position_of_its_own_symbol(tmp_path, texts):
+    images = dark_and_bright()
+    images.labels[:] = -1                               # no classes
+    path = visualize.figure5(teacher, FakeStudent(), images, tmp_path, 31, count=1)
+    page = Image.open(path).convert("RGB")              # 31 is at the fourth position: patch 3
     red, _, blue = np.moveaxis(np.asarray(page.crop((24, 238, 136, 350)), int), -1, 0)
     row, column = divmod(int((red - blue).argmax()), 112)
     assert (row // 28, column // 28) == (0, 3)
+    assert texts[-1] == "at 4" and "its uses by position     4: 100 %" in texts
 
 
-def test_figure5_names_a_symbol_that_is_said_when_the_asked_one_is_not(tmp_path):
-    with pytest.raises(ValueError, match="none of 30 test images says symbol 999; try 1$"):
+def test_figure5_averages_the_maps_of_a_repeated_symbol(tmp_path, texts):
+    class Repeating(FakeStudent):
+        def describe(self, *args, **kwargs):
+            sequence = super().describe(*args, **kwargs)
+            sequence.ids[:, 5] = sequence.ids[:, 0]     # positions 1 and 6: patches 0 and 5
+            return sequence
+    path = visualize.figure5(teacher, Repeating(), dark_and_bright(), tmp_path, 1, count=1)
+    page = np.asarray(Image.open(path).convert("RGB"), int)[238:350, 24:136]
+    warmth = (page[..., 0] - page[..., 2]).reshape(4, 28, 4, 28).max((1, 3))      # of each patch
+    assert abs(warmth[0, 0] - warmth[1, 1]) < 8 and warmth[3, 3] < warmth[0, 0] - 40
+    assert texts[-1] == "at 1, 6: bright"
+
+
+def test_figure5_names_another_symbol_when_no_image_has_the_wanted_one(tmp_path):
+    with pytest.raises(ValueError, match="none of 30 test images has symbol 999; try 1$"):
         visualize.figure5(teacher, FakeStudent(), dark_and_bright(), tmp_path, symbol=999)
 
 
@@ -217,10 +242,9 @@ def test_only_series_with_gaps_get_dots(tmp_path):
     assert thickness([(e, 1.0) for e in range(0, 9, 4)]) >= 5
 
 
-def test_epochs_are_whole_and_values_have_the_digits_of_their_step():
+def test_epochs_are_whole_and_values_have_the_digits_of_their_step(texts):
     sheet = visualize.Sheet(300, 200)
     visualize.plot(sheet, (50, 50, 250, 150), "loss", [("red", [(0, 1.0), (2, 1.5)])])
-    texts = [label[1] for label in sheet.labels]
     assert texts == ["loss", "1.0", "1.1", "1.2", "1.3", "1.4", "1.5", "0", "1", "2"]
 
 
@@ -273,7 +297,7 @@ def fake_checkpoint(path, device):
 def test_a_corrupt_image_is_one_clear_line(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "broken.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "broken.png").read_bytes()[:60])
-    monkeypatch.setattr(visualize, "load_checkpoint", fake_checkpoint)
+    monkeypatch.setattr(visualize.checkpoint, "load_model", fake_checkpoint)
     with pytest.raises(SystemExit) as stop:
         visualize.main(["x.pt", str(tmp_path / "broken.png"), "--out", str(tmp_path / "new")])
     message = stop.value.code       # a string: Python prints it to stderr and exits with status 1
@@ -283,8 +307,8 @@ def test_a_corrupt_image_is_one_clear_line(tmp_path, monkeypatch):
 
 def test_files_are_drawn_with_their_names_and_no_data_set(tmp_path, monkeypatch, capsys):
     Image.new("L", (90, 40), 200).save(tmp_path / "grey.png")
-    monkeypatch.setattr(visualize, "load_checkpoint", fake_checkpoint)
-    monkeypatch.setattr(visualize, "load", lambda *a, **k: pytest.fail("needs no data set"))
+    monkeypatch.setattr(visualize.checkpoint, "load_model", fake_checkpoint)
+    monkeypatch.setattr(visualize.data, "load", lambda *a, **k: pytest.fail("needs no data set"))
     visualize.main(["x.pt", str(tmp_path / "grey.png"), "--out", str(tmp_path / "new")])
     assert capsys.readouterr().out.split() == [str(tmp_path / "new" / "figure1.png")]
     page = Image.open(tmp_path / "new" / "figure1.png").convert("RGB")
@@ -292,8 +316,8 @@ def test_files_are_drawn_with_their_names_and_no_data_set(tmp_path, monkeypatch,
 
 
 def test_test_images_are_the_default(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(visualize, "load_checkpoint", fake_checkpoint)
-    monkeypatch.setattr(visualize, "load", lambda *a, **k: dark_and_bright())
+    monkeypatch.setattr(visualize.checkpoint, "load_model", fake_checkpoint)
+    monkeypatch.setattr(visualize.data, "load", lambda *a, **k: dark_and_bright())
     visualize.main(["x.pt", "--out", str(tmp_path), "--count", "3"])
     names = {Path(line).name for line in capsys.readouterr().out.split()}
     assert names == {"figure1.png", "figure5_symbol1.png"}
@@ -305,15 +329,24 @@ def test_test_images_are_the_default(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("args, words", [
     (["x.pt", "missing.jpg"], "missing.jpg"), (["--curves", "no/such/run"], "no/such/run")])
 def test_what_is_missing_is_named(monkeypatch, tmp_path, args, words):
-    monkeypatch.setattr(visualize, "load_checkpoint", fake_checkpoint)
+    monkeypatch.setattr(visualize.checkpoint, "load_model", fake_checkpoint)
     with pytest.raises(SystemExit) as stop:
         visualize.main([*args, "--out", str(tmp_path)])
     assert str(stop.value).startswith("visualize.py: ") and words in str(stop.value)
     assert "\n" not in str(stop.value)
 
 
+def test_without_a_gpu_device_cuda_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="finds no GPU; use --device cpu$"):
+        visualize.main(["x.pt", "--device", "cuda"])
+
+
 @pytest.mark.parametrize("args", [[], ["x.pt", "--count", "0"], ["x.pt", "--curves", "a"]])
 def test_contradictory_flags_are_refused(args, capsys):
     with pytest.raises(SystemExit) as stop:
         visualize.main(args)
-    assert stop.value.code == 2 and "give a checkpoint, or --curves" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 2
+    assert lines[0].startswith("usage: visualize.py RUN/ckpt.pt [IMAGE ...]")
+    assert "give a checkpoint, or --curves RUN" in lines[1]
