@@ -44,16 +44,19 @@ class Discretizer(nn.Module):
     every step (see `anneal`); a loaded model has the final one. Raises ValueError for flags that
     make no sense."""
 
-    default_tau = 0.12   # what --tau is when it is not given (the paper's, for softmax)
+    default_tau = default_tau_start = 0.12      # where the flags do not say (paper: softmax 0.12)
 
     def __init__(self, width, vocab, args):
         super().__init__()
         if vocab < 2:
             raise ValueError(f"--vocab must be 2 or more (one symbol carries 0 bits), not {vocab}")
+        self.vocab = vocab
         self.final_tau = self.default_tau if args.tau is None else args.tau
-        if not self.final_tau > 0:
-            raise ValueError(f"--tau must be above 0, not {args.tau}")
-        self.vocab, self.tau = vocab, args.tau_start or self.final_tau
+        # a --tau alone is constant
+        start = self.default_tau_start if args.tau is None else self.final_tau
+        self.tau = self.start_tau = start if args.tau_start is None else args.tau_start
+        if not min(self.final_tau, self.start_tau) > 0:
+            raise ValueError("--tau and --tau-start must be above 0")
 
     def forward(self, h, hard=False):
         """h (B, d) -> Quantized. hard: one-hot argmax, no noise, as in every reported figure."""
@@ -131,7 +134,7 @@ class Gumbel(Softmax):
     tau only sets how close to one-hot the weights are, or, straight-through, which symbols a
     gradient reaches."""
 
-    default_tau = 1.0
+    default_tau_start, default_tau = 2.0, 0.5       # annealed: the base strategy of section 3.4
     init_sharpness = 30.0       # of the logits; the noise has deviation 1.28
 
     @property
@@ -153,7 +156,7 @@ class VQ(Discretizer):
 
     tau scales the logits only, -|h - e|^2 / (2 d tau), which exploration terms read."""
 
-    default_tau = 1.0
+    default_tau = default_tau_start = 1.0
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
@@ -190,14 +193,13 @@ def build(args, width):
     return DISCRETIZERS[args.disc](width, args.vocab, args)
 
 
-def anneal(module, start, progress):
-    """Sets the temperature of all discretizers in `module` at `progress` in 0..1: from --tau-start
-    to --tau (start (end / start)^progress); constant where start is None. Exponential, as Jang et
-    al. 2017, because 1 / tau, which acts, then grows by one factor in every epoch."""
+def anneal(module, progress):
+    """Sets the temperature of all discretizers in `module` at `progress` in 0..1, from --tau-start
+    to --tau: start (end / start)^progress, as Jang et al. 2017, because 1 / tau, which acts, then
+    grows by one factor in every epoch."""
     for disc in module.modules():
         if isinstance(disc, Discretizer):
-            end = disc.final_tau
-            disc.tau = end if start is None else start * (end / start) ** min(max(progress, 0), 1)
+            disc.tau = disc.start_tau * (disc.final_tau / disc.start_tau) ** progress
 
 
 def main():

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import check_labels, image_count, load, normalize
+from data import evaluation_problem, image_count, load, normalize
 from checkpoint import load_model
 from precision import autocast
 
@@ -205,12 +205,40 @@ def one_hot(ids, vocab):
     return torch.zeros(len(ids), ids.shape[1] * vocab, device=ids.device).scatter_(1, cells, 1)
 
 
+def monitor(trainer, held_out, knn):
+    """Collapse figures of hard symbols on images not trained on, and, where there are labels and
+    `knn`, k-NN (k = 20) per prefix: half of those images are the queries, the others the gallery."""
+    args, student = trainer.args, trainer.student.eval()
+    code = encode(student, trainer.teacher, held_out, args.image_size, args.precision)
+    figures = code_figures(code["ids"], args.vocab)
+    if knn and held_out.labelled:
+        half, y = len(held_out) // 2, held_out.labels
+        k = min(20, len(y) - half)
+        scores = [knn_accuracy(z[half:], y[half:], z[:half], y[:half], k)[0]
+                  for z in code["z"]]
+        figures |= {"knn_prefix": scores, "knn_top1": scores[-1]}
+    return figures
+
+
+def collapse_warnings(record):
+    """What collapse looks like in the figures of a line of the log."""
+    share = record["teacher_entropy"] / record["teacher_entropy_max"]
+    if share < 0.005:
+        yield ("the teacher's entropy is 0: all images have one prototype (raise --teacher-temp, or "
+               "--centering sinkhorn)")
+    if share > 0.995:
+        yield "the teacher's entropy is ln P: its targets are uniform (lower --teacher-temp)"
+    if max(record["perplexity"]) < 1.5:
+        yield "all images get the same symbols (raise --tau or --tau-start, or lower --lr)"
+
+
 # ---- a run: all its figures, and the report --------------------------------------------------
 
 def load_splits(config):
     """The ImageSets [train, test] that config names. Raises ValueError where labels are missing."""
     name, size, seed = config["data"], config["image_size"], config["seed"]
-    check_labels(name)
+    if problem := evaluation_problem(name):
+        raise ValueError(problem)
     return [load(name, s, size, config[f"{s}_images"], seed) for s in ("train", "test")]
 
 

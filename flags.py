@@ -20,7 +20,8 @@ import precision
 SIZES = {
     "small": {},
     "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None,
-                    vocab=256, descriptor="4x4", interpreter="4x4", batch_size=256, epochs=3),
+                    vocab=256, descriptor="4x4", interpreter="4x4", batch_size=256, epochs=3,
+                    iterations=1),
     "paper": dict(data="cifar10", teacher="dino_vitb16", image_size=224, train_images=None,
                   test_images=None, vocab=512, descriptor="6x8", interpreter="12x6", hidden=2048,
                   prototypes=8192, batch_size=64, epochs=140, lr=5e-4,
@@ -77,10 +78,11 @@ def discretizer_flags(add):
     add("--vocab", type=int, default=128,
         help="symbols K; an image is T log2(K) bits. Raise when nearly all are in use")
     add("--tau", type=float,
-        help="temperature, final if annealed, in units of logits; not given: 0.12 (gumbel, vq: 1). "
-             "Lower: closer to one symbol, gradients vanish. vq: scales the logits only")
-    add("--tau-start", type=float, help="temperature at step 0, annealed exponentially to --tau; "
-        "none: constant. Set (about 1) when few symbols survive the first epochs")
+        help="temperature at the end; not given: softmax 0.12, gumbel 0.5, vq 1. Lower: closer to "
+             "one symbol, gradients vanish. vq: scales the logits of exploration terms only")
+    add("--tau-start", type=float,
+        help="temperature at step 0, annealed exponentially to --tau; not given: --tau, and where "
+             "that is not given either 2 for gumbel. Raise when few symbols survive the start")
     add("--straight-through", action=argparse.BooleanOptionalAction, default=False,
         help="one-hot forward, soft gradient; no: soft mixtures in training, as in the paper, whose "
              "soft figures exceed hard ones")
@@ -157,6 +159,9 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not min([value] if not isinstance(value, list) else value) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.length < 1 or args.length & (args.length - 1):
+        raise ValueError("--length must be a power of two (prefixes of 1, 2, 4, ...), "
+                         f"not {args.length}")
     if not args.knn_every >= 0:
         raise ValueError(f"--knn-every must not be below 0, and is {args.knn_every}")
     distributed.check_batch_size(args.batch_size)

@@ -186,15 +186,12 @@ def cancel_last_layer_gradient(projector):
 
 def main():
     torch.manual_seed(0)
-    views, batch, prototypes, prefixes, lam = 2, 3, 6, 4, 0.5
-    p_t = Centering(prototypes, "center")(torch.randn(views, batch, prototypes), 0.5)
-    logits = torch.randn(prefixes, views, batch, prototypes) * 0.1
-    print(f"V = {views} views, B = {batch} images, P = {prototypes} prototypes, lambda = {lam}")
-    terms = cross_entropy(pair_views(p_t, views, "same"), logits, 0.1)          # (D, V)
-    for j, row in enumerate(terms, 1):
-        weight = f"lambda^{j} = {lam ** j:<6}"
-        print(f"prefix of {2 ** (j - 1)} symbol(s)  {weight}  H(p_t, p_s) of each view: "
-              + "  ".join(f"{h:.3f}" for h in row.tolist()))
+    p_t = Centering(6, "center")(torch.randn(2, 3, 6), 0.5)
+    logits, lam = torch.randn(4, 2, 3, 6) * 0.1, 0.5
+    print(f"V = 2 views, B = 3 images, P = 6 prototypes, D = 4 prefixes, lambda = {lam}")
+    for j, row in enumerate(cross_entropy(pair_views(p_t, 2, "same"), logits, 0.1).tolist(), 1):
+        print(f"prefix of {2 ** (j - 1)} symbol(s)  lambda^{j} = {lam ** j:<6}  H(p_t, p_s) of each "
+              f"view: {row[0]:.3f}  {row[1]:.3f}")
     print(f"L = {granular_dino_loss(p_t, logits, lam, 0.1, 'same'):.3f}, their mean with these "
           f"weights; H(p_t) = {entropy(p_t).mean():.3f} is the least it can be")
 

@@ -11,7 +11,6 @@ P_S. B: images times views, N: patches, d: width, T: symbols, K: vocabulary, D: 
 """
 import argparse
 import copy
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,19 +21,7 @@ import discretize
 import distributed
 
 
-def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(c)) v: (..., L, c), (..., S, c) twice -> (..., L, c); mask (L, S): True
-    where attention is allowed. On a CPU as plain products: at our lengths (197 tokens and fewer)
-    they are faster than PyTorch's kernels there, forward and backward together (measured)."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = q * q.shape[-1] ** -0.5 @ k.contiguous().transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(-1) @ v
-
-
-# ---- projectors P_T and P_S ------------------------------------------------------------------------
+# ---- projectors P_T and P_S ----------------------------------------------------------------------
 
 class DINOHead(nn.Module):
     """Projector P: 3-layer MLP with GELU, bottleneck, L2-normalise, cosine to P prototypes
@@ -50,15 +37,13 @@ class DINOHead(nn.Module):
                                  nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         for p in self.parameters():
-            # Xavier, not DINO's 0.02: our student starts from a random encoder of narrow width, and
-            # with 0.02 everything it sees lands on one prototype.
+            # Xavier, not DINO's 0.02: with it all images of a narrow student have one prototype
             nn.init.xavier_uniform_(p) if p.ndim > 1 else None
         nn.init.normal_(self.prototypes)
 
     def forward(self, x):
         x = self.mlp(x)
-        # Cosines are divided by temperatures of 0.02 to 0.1 later: bf16's three digits
-        # would not do.
+        # Cosines are divided by temperatures of 0.04 to 0.1 later: three digits would not do
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(F.normalize(x.float(), dim=-1),
                             F.normalize(self.prototypes.float(), dim=-1))
@@ -77,6 +62,9 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"--descriptor and --interpreter: {heads} heads do not divide the "
+                             f"teacher's width {width}")
         self.heads = heads
         self.to_q, self.to_kv, self.out = (nn.Linear(width, n * width) for n in (1, 2, 1))
 
@@ -90,7 +78,7 @@ class Attention(nn.Module):
 
     def forward(self, x, keys, values, mask=None):
         """Queries x (B, L, d) -> (B, L, d). mask (L, S): True where attention is allowed."""
-        y = attend(self.split(self.to_q(x)), keys, values, mask)
+        y = F.scaled_dot_product_attention(self.split(self.to_q(x)), keys, values, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def weights(self, x, keys):
@@ -251,13 +239,6 @@ class Student(nn.Module):
     def __init__(self, args, width):
         """Raises ValueError for sizes that do not fit."""
         super().__init__()
-        if args.length < 1 or args.length & (args.length - 1):
-            raise ValueError("--length must be a power of two (prefixes of 1, 2, 4, ...), "
-                             f"not {args.length}")
-        for name in ("descriptor", "interpreter"):
-            if width % getattr(args, name)[1]:
-                raise ValueError(f"--{name}: {getattr(args, name)[1]} heads do not divide the "
-                                 f"teacher's width {width}")
         self.descriptor = self.descriptor_class(width, *args.descriptor, args.length)
         self.interpreter = Interpreter(width, *args.interpreter, args.length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):

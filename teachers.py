@@ -42,7 +42,6 @@ from torch.nn import functional as F
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
 import distributed
-from model import attend
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -125,7 +124,7 @@ class Teacher(nn.Module):
         qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias)
         # (B, L, 3d) -> three of (B, heads, L, c)
         q, k, v = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return layer.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return layer.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def small_vit(image_size, patch, width, depth, heads, stem=(), eps=1e-6, **settings):

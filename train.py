@@ -2,7 +2,7 @@
 
     python train.py                                  # drawn images, 2 CPU cores, five minutes
     python train.py --disc softmax --tau 0.12        # the discretizer and temperature of Figure 1
-    python train.py --recipe paper                   # exactly as published, at the same small size
+    python train.py --recipe paper                   # as published; the default is stable.py
     python train.py --recipe paper --size paper      # and at the paper's size: wants a GPU
 
 One step (`training_step`), for B images in V augmented views:
@@ -11,8 +11,8 @@ One step (`training_step`), for B images in V augmented views:
     s   = D_S(z_t)        p_s^(n) = P_S(E_S(s[:n]))             n = 1, 2, 4, 8 symbols
     L   = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j)) + exploration terms
 
-Writes OUT/config.json, OUT/metrics.jsonl (see --knn-every), OUT/ckpt.pt (see checkpoint.py), and
-at the end the evaluation (OUT/results.json) and the figures (OUT/figure1.png, OUT/curves.png).
+Writes OUT/{config.json, metrics.jsonl, ckpt.pt}, and at the end the evaluation, OUT/results.json,
+and the figures, OUT/{figure1,curves}.png.
 """
 if __name__ == "__main__":
     print("loading PyTorch ...", flush=True)        # its import alone can take five seconds
@@ -95,7 +95,7 @@ class Trainer:
         losses.set_schedule(self.optimizer,
                             losses.warmup_cosine(args.lr, END_LR, step, steps, LR_WARMUP * steps),
                             losses.cosine(*args.weight_decay, step / steps))
-        discretize.anneal(self.student, args.tau_start, step / steps)
+        discretize.anneal(self.student, step / steps)
         return losses.warmup_linear(*args.teacher_temp, step,
                                     min(TEACHER_WARMUP, args.epochs) * self.steps_per_epoch)
 
@@ -141,18 +141,12 @@ class Trainer:
                 save = self.step_in_epoch < end and manager.should_save()
                 if save or self.step_in_epoch == end or self.step_in_epoch % 20 == 0:
                     self.check_finite()                 # rarely: .item() waits for a GPU
-                progress.update(note=self.note)
+                progress.update(note=lambda: f"loss {log['loss']:.3f}")
                 if save:
                     manager.save(checkpoint.state_of(self))
                 if self.step_in_epoch == end:
                     yield self.record()
                     start, end = time.time() - self.elapsed, self.next_line()
-
-    def note(self):
-        """What the progress line has beside the steps; called when it is printed."""
-        loss = (self.sums["loss"] / self.sums["steps"]).item()
-        return (f"loss {loss:.3f}  "
-                f"{self.step_in_epoch * self.args.batch_size / self.elapsed:.0f} images/s")
 
     def record(self):
         """The log's next line; after an epoch's last step it also turns the page."""
