@@ -1,15 +1,14 @@
-"""Discrete codes of any system, one JSON line per image: reading them, and an audit.
+"""Statistics of discrete codes of any system, from a file with one JSON line per image.
 
-    python -m extras.describe --check symbols.jsonl --labels-from-path
+    python -m extras.describe --statistics symbols.jsonl --labels-from-path
 
-A line is {"symbols": T ids from 0, …}, T the same in all lines, and perhaps a "label".
+A line is {"symbols": T ids from 0, ...}, T the same in all lines, and perhaps a "label". With y the
+label and s_t the symbol at position t, counted over the n images,
 
-With y the label and s_t the symbol at position t, counted over the n images,
+    I(s_t; y) = H(s_t) + H(y) - H(s_t, y)               in bits
 
-    I(s_t; y) = H(s_t) + H(y) - H(s_t, y)               in bits (nats / ln 2)
-
-Few images inflate it, by about what it is with the labels shuffled, which is printed below it. k-NN
-compares one-hot symbols: its cosine is the share of positions at which two images agree.
+Few images bias it upwards, by about its value with the labels shuffled, which is printed below it.
+k-NN compares one-hot symbols: the cosine is the share of positions at which two images agree.
 """
 import json
 import math
@@ -20,10 +19,10 @@ import torch
 
 import evaluate
 
-ONE_HOT = 2**27                     # most numbers of a one-hot matrix for k-NN: 0.5 GB in float32
+ONE_HOT = 2**27                     # most entries of the matrix for k-NN: 0.5 GB in float32
 
 
-def rows(path, torn=False):
+def read_lines(path, torn=False):
     """Yields ("FILE, line n", its object) after checking its symbols. Raises ValueError with the
     line's number. torn: a last line without its end is left out."""
     length = None
@@ -49,9 +48,10 @@ def rows(path, torn=False):
 
 
 def read_codes(path, labels_from_path=False):
-    """-> ids (n, T) int64 and n labels, or None where the lines have none. Raises ValueError."""
+    """-> ids (n, T) int64 and n labels, or None where the lines have none. labels_from_path: the
+    label is the folder that the file is in. Raises ValueError."""
     flat, labels = array("q"), []
-    for where, row in rows(path):
+    for where, row in read_lines(path):
         flat.extend(row["symbols"])
         label = row.get("label")
         if labels_from_path:
@@ -60,7 +60,8 @@ def read_codes(path, labels_from_path=False):
                 raise ValueError(f'{where} has no "path" with a folder for --labels-from-path')
         labels.append(label)
         if type(label) not in (str, int, type(None)) or (label is None) != (labels[0] is None):
-            raise ValueError(f'{where}: a "label" is a word or whole number, in all lines or none')
+            raise ValueError(f'{where}: a "label" must be text or a whole number, and be in all '
+                             "lines or in none")
     if not labels:
         raise ValueError(f"{path} is empty")
     ids = torch.frombuffer(flat, dtype=torch.int64).view(len(labels), -1)
@@ -73,52 +74,60 @@ def entropy(x):
     return torch.special.entr(share).sum().item() / math.log(2)
 
 
-def audit(ids, labels=None, vocab=None, seed=0):
-    """ids (n, T), n labels -> figures; knn (top-1 in %) and information (bits) with labels only."""
+def code_statistics(ids, vocab=None):
+    """ids (n, T) from 0 -> counts, shares (0..1), bits per image, and perplexity per position
+    (1..K). vocab: K, by default the largest id + 1. Raises ValueError for an id outside of it."""
     (n, length), largest = ids.shape, int(ids.max())
     vocab = largest + 1 if vocab is None else vocab
     if largest >= vocab:
         raise ValueError(f"symbol {largest} is not in a vocabulary of {vocab}")
-    symbols, ids = ids.unique(return_inverse=True)      # 0..U-1: large ids take no memory
-    codes = evaluate.code_figures(ids, len(symbols))
-    copies = ids.unique(dim=0, return_counts=True)[1]   # of each sequence
-    figures = {"images": n, "length": length, "vocab": vocab, "used": len(symbols),
-               "usage": len(symbols) / vocab, "perplexity": codes["perplexity"],
-               "distinct": codes["distinct"], "duplicates": n - len(copies),
-               "most": int(copies.max()), "bits": length * math.log2(vocab),
-               "entropy": sum(math.log2(p) for p in codes["perplexity"])}
-    if labels is None or n < 2:
-        return figures
+    used = len(ids.unique())
+    entropies = [entropy(column) for column in ids.T]
+    copies = ids.unique(dim=0, return_counts=True)[1]           # of each sequence
+    return {"images": n, "length": length, "vocab": vocab, "used_symbols": used,
+            "codebook_usage": used / vocab, "perplexity": [2**bits for bits in entropies],
+            "unique_codes": len(copies) / n, "duplicates": n - len(copies),
+            "most_frequent_code": int(copies.max()), "bits": length * math.log2(vocab),
+            "entropy_bits": sum(entropies)}
+
+
+def label_statistics(ids, labels, seed=0):
+    """ids (n, T) from 0, n >= 2 labels -> mutual information per position (bits) and k-NN top-1
+    (%); half of the images, at random, are the gallery and half the queries."""
+    symbols, ids = ids.unique(return_inverse=True)              # 0..U-1: large ids take no memory
     classes = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     y = torch.tensor([classes[label] for label in labels])                          # (n,)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
 
     def information(y):
         return [entropy(s) + entropy(y) - entropy(s * len(classes) + y) for s in ids.T]
 
-    figures |= {"classes": len(classes), "label_entropy": entropy(y),
-                "information": information(y), "shuffled": information(y[order])}
-    order = order[:max(2, ONE_HOT // (length * len(symbols)))]
+    figures = {"classes": len(classes), "label_entropy": entropy(y),
+               "information": information(y), "information_shuffled": information(y[order])}
+    order = order[:max(2, ONE_HOT // (ids.shape[1] * len(symbols)))]
     gallery, queries = order.tensor_split(2)
     x = evaluate.one_hot(ids[order], len(symbols)).tensor_split(2)
     knn = evaluate.knn_accuracies(x[0], y[gallery], x[1], y[queries])
     return figures | {"gallery": len(gallery), "queries": len(queries),
-                      "majority": 100 * y[queries].bincount().max().item() / len(queries),
+                      "largest_class": 100 * y[queries].bincount().max().item() / len(queries),
                       "knn": {k: top1 for k, (top1, _) in knn.items()}}
 
 
-def print_audit(f):
-    print("{images} images of {length} symbols; vocabulary {vocab}, in use {used} ({usage:.1%})\n"
-          "distinct sequences / images {distinct:.4f}: {duplicates} duplicates, the most frequent "
-          "sequence {most} times\n"
-          "bits an image {bits:.2f} (T log2 K); sum of the positions' entropies {entropy:.2f}"
-          .format_map(f))
-    print("perplexity by position      " + " ".join(f"{p:7.2f}" for p in f["perplexity"]))
+def print_statistics(f):
+    """f: of `code_statistics`, or this with `label_statistics`."""
+    print("{images} images of {length} symbols; vocabulary {vocab}, in use {used_symbols} "
+          "({codebook_usage:.1%})\n"
+          "unique codes / images {unique_codes:.4f}: {duplicates} duplicates; the most frequent "
+          "code occurs {most_frequent_code} times\n"
+          "bits per image {bits:.2f} (T log2 K); sum of the positions' entropies "
+          "{entropy_bits:.2f}".format_map(f))
+    print("perplexity per position     " + " ".join(f"{p:7.2f}" for p in f["perplexity"]))
     if "knn" in f:
         print("bits about the label        " + " ".join(f"{i:7.3f}" for i in f["information"])
               + f"  of {f['label_entropy']:.3f} ({f['classes']} classes)")
-        print("the same, labels shuffled   " + " ".join(f"{i:7.3f}" for i in f["shuffled"]))
+        print("with the labels shuffled    "
+              + " ".join(f"{i:7.3f}" for i in f["information_shuffled"]))
         print("k-NN on one-hot symbols, top-1 in %: "
               + ", ".join(f"k = {k}: {top1:.2f}" for k, top1 in f["knn"].items())
-              + f"; the largest class: {f['majority']:.2f}\n"
-              f"({f['gallery']} images are the gallery, {f['queries']} ask)")
+              + f"; the largest class: {f['largest_class']:.2f}\n"
+              f"({f['gallery']} images are the gallery, {f['queries']} the queries)")

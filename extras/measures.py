@@ -1,32 +1,34 @@
-"""What the symbols mean, where they look and how firmly they are said: measures of the language.
+"""What the symbols stand for, what they attend to, and how stable they are: one JSON record.
 
-    python -m extras.measures runs/shapes/ckpt.pt --json measures.json
-    python -m extras.measures runs/cats/ckpt.pt --data folder:PATH       # no factors: the last two
+    python -m extras.measures RUN/ckpt.pt --json measures.json
+    python -m extras.measures RUN/ckpt.pt --data folder:PATH --perturbed 500    # less, and faster
 
 On `shapes`, whose factors and object masks are known: mutual information, disentanglement,
-topographic similarity, symbols that name a factor value, the pointing game. On any pictures:
-faithfulness of the attention, stability of the symbols. Beside each its chance level: the mean over
-permutations of the pictures' answers (factors, masks, symbols). Symbols are hard (argmax).
+lift-based purity, pointing game. On any images: occlusion (deletion metric), specificity,
+similarity of attention maps, stability. Each has its control beside it: `chance` is the mean over
+permutations of the images' answers (factors, masks, maps, symbols). Symbols are hard (argmax) and
+in float32, because in bfloat16 the batch size would decide between near-equal logits.
 """
 import argparse
 import io
-import json
 import math
+from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import FACTORS, load
-from model import load_checkpoint
-from visualize import read
+import checkpoint
+import data
+from progress import Progress
+
+BATCH = 128                 # images at a time
 
 
 def chance(measure, rows, times):
-    """Mean of measure(rows) over `times` permutations of rows (n, ...) among the pictures."""
+    """Mean of measure(rows) over `times` permutations of rows (n, ...) among the images."""
     shuffled = (rows[torch.randperm(len(rows))] for _ in range(times))
     return torch.stack([torch.as_tensor(measure(x)).double() for x in shuffled]).mean(0)
 
@@ -38,89 +40,47 @@ def entropy(p):
     return torch.special.entr(p.double().flatten(1)).sum(1) / math.log(2)
 
 
-def mutual_information(said, factors):
-    """I(said_a; factor_b) for each pair of columns: said (n, A), factors (n, B), integers from 0
-    -> (A, B) bits, in 0 .. min of the two entropies. The plug-in estimate H(x) + H(y) - H(x, y) of
-    the counts; with X and Y values it is too high by about (X-1)(Y-1) / (2 n ln 2) bits (Miller
+def mutual_information(symbols, factors):
+    """I(symbols_a; factors_b) for each pair of columns: symbols (n, A), factors (n, B), integers
+    from 0 -> (A, B) bits, from 0 to the smaller entropy. The plug-in estimate H(x) + H(y) - H(x, y)
+    of the counts; with X and Y values it is too high by about (X-1)(Y-1) / (2 n ln 2) bits (Miller
     1955; Paninski 2003), so read it against its chance level, which has the same bias."""
-    (n, a), bits = said.shape, []
-    x, y = int(said.max()) + 1, int(factors.max()) + 1
+    (n, a), bits = symbols.shape, []
+    x, y = int(symbols.max()) + 1, int(factors.max()) + 1
     for factor in factors.T:
-        cells = (torch.arange(a) * x + said) * y + factor[:, None]              # (n, A)
+        cells = (torch.arange(a) * x + symbols) * y + factor[:, None]           # (n, A)
         joint = cells.flatten().bincount(minlength=a * x * y).view(a, x, y).double() / n
         bits.append(entropy(joint.sum(2)) + entropy(joint.sum(1)) - entropy(joint))
     return torch.stack(bits, 1).clamp(min=0)
 
 
-def disentanglement(said, factors):
-    """Does each thing said belong to one factor? said (n, A), factors (n, B), B >= 2 -> 0 .. 1.
+def disentanglement(columns, factors):
+    """Does each column depend on one factor? columns (n, A), factors (n, B), B >= 2 -> 0 to 1.
 
-        mean over a of  (I(said_a; best factor) - I(said_a; second best)) / H(said_a)
+        mean over a of  (I(column_a; best factor) - I(column_a; second best)) / H(column_a)
 
-    over those a that vary; 0 if none does. Positional (posdis) where said is ids; bag of symbols
-    (bosdis) where it is `symbol_counts(ids)` (Chaabouni et al. 2020)."""
-    said = said[:, (said != said[:1]).any(0)]
-    if not said.shape[1]:
+    over the columns that vary; 0 if none does. Positional (posdis) where the columns are ids, bag
+    of symbols (bosdis) where they are `symbol_counts(ids)` (Chaabouni et al. 2020)."""
+    columns = columns[:, (columns != columns[:1]).any(0)]
+    if not columns.shape[1]:
         return 0.0
-    best = mutual_information(said, factors).topk(2).values                     # (A, 2)
-    counts = [column.unique(return_counts=True)[1] for column in said.T]
-    bits = torch.cat([entropy(count[None] / len(said)) for count in counts])    # (A,)
+    best = mutual_information(columns, factors).topk(2).values                  # (A, 2)
+    counts = [column.unique(return_counts=True)[1] for column in columns.T]
+    bits = torch.cat([entropy(count[None] / len(columns)) for count in counts])     # (A,)
     return ((best[:, 0] - best[:, 1]) / bits).mean().item()
 
 
 def symbol_counts(ids, vocab):
-    """ids (n, T) in 0..K-1 -> (n, K), how often each picture's description says each symbol."""
+    """ids (n, T) in 0..K-1 -> (n, K), how often each symbol occurs in each image's sequence."""
     return torch.zeros(len(ids), vocab, dtype=torch.long).scatter_add_(1, ids, torch.ones_like(ids))
 
 
-def hamming_distance(a, b):
-    """(P, T) and (P, T) -> (P,), places that differ: 0 .. T."""
-    return (a != b).sum(1)
-
-
-def edit_distance(a, b):
-    """Levenshtein: (P, T) and (P, S) -> (P,), insertions, deletions, substitutions: 0 .. max."""
-    row = [torch.full_like(a[:, 0], j) for j in range(b.shape[1] + 1)]          # to b's first j
-    for i in range(a.shape[1]):
-        old, row = row, [row[0] + 1]
-        for j in range(b.shape[1]):
-            substituted = old[j] + (a[:, i] != b[:, j])
-            row.append(torch.minimum(substituted, torch.minimum(old[j + 1], row[j]) + 1))
-    return row[-1]
-
-
-def bag_distance(a, b):
-    """(P, T) and (P, T) -> (P,), symbols to exchange until the bags are equal: 0 .. T."""
-    def tagged(x):                                      # the second 7 becomes (7, 1): bags -> sets
-        return x * x.shape[1] + (x[:, :, None] == x[:, None]).tril(-1).sum(2)
-    return a.shape[1] - (tagged(a)[:, :, None] == tagged(b)[:, None]).sum((1, 2))
-
-
-DISTANCES = {"hamming": hamming_distance, "edit": edit_distance, "bag": bag_distance}
-
-
-def ranks(x):
-    """(P,) -> (P,) ranks from 0, ties share their mean rank."""
-    _, place, counts = x.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts.double() + 1) / 2)[place]
-
-
-def topographic_similarity(ids, factors, pairs, distance="edit"):
-    """Do like pictures get like messages? Spearman correlation, -1 .. 1, between the pictures'
-    Hamming distance over factors and that of their messages (Brighton and Kirby 2006).
-    ids (n, T), factors (n, B), pairs (P, 2) of pictures; 0 where all distances are equal."""
-    (a, b), messages = pairs.T, DISTANCES[distance]
-    apart = [hamming_distance(factors[a], factors[b]), messages(ids[a], ids[b])]
-    x, y = (ranks(d) - ranks(d).mean() for d in apart)
-    return ((x @ y) / (x.norm() * y.norm()).clamp(min=1e-9)).item()
-
-
-def naming_share(ids, factors, halves, vocab, least=10, lift=2.0):
-    """Share of the symbols in use that name a factor value, 0 .. 1. Whether a symbol is among a
-    picture's T, wherever, is set against the value:  lift = P(value | symbol) / P(value)  (Brin et
-    al. 1997). ids (n, T), factors (n, B). halves: two index tensors; the first proposes the value
-    with the best lift among those met `least` times with the symbol, in the second its lift must be
-    `lift` or more. A value of V equally frequent ones has a lift of at most V."""
+def lift_purity(ids, factors, halves, vocab, least=10, lift=2.0):
+    """Share of the symbols in use that stand for one factor value, 0 to 1. Whether a symbol occurs
+    in an image's sequence is compared with the value:  lift = P(value | symbol) / P(value)  (Brin
+    et al. 1997). ids (n, T), factors (n, B). halves: two index tensors; the first proposes the
+    value of the largest lift among those that occur `least` times with the symbol, and in the
+    second its lift must be `lift` or more. Of V equally frequent values a lift is at most V."""
     present = symbol_counts(ids, vocab).clamp(max=1).double()                   # (n, K)
     value = torch.cat([F.one_hot(factor) for factor in factors.T], 1).double()  # (n, values)
     both = torch.stack([present[h].T @ value[h] for h in halves])               # (2, K, values)
@@ -132,81 +92,113 @@ def naming_share(ids, factors, halves, vocab, least=10, lift=2.0):
     return (confirmed & (proposed.amax(1) > 0)).sum().item() / (present.sum(0) > 0).sum().item()
 
 
-# ---- where the symbols look, and what moves them -------------------------------------------------
+# ---- attention maps ------------------------------------------------------------------------------
 
-def unchanged(ids, others):
-    """Share of symbols that are the same, per position: (n, T) twice -> (T,) in 0 .. 1. Stability
+def patch_cover(masks, patches):
+    """masks (n, H, W) bool -> (n, N), the share of each patch that the object covers, 0 to 1."""
+    return F.adaptive_avg_pool2d(masks[:, None].float(), math.isqrt(patches)).flatten(1)
+
+
+def pointing_game(attention, cover):
+    """Share of a symbol's attention that lies on the object, per position: attention (n, T, N) with
+    rows of sum 1, cover (n, N) -> (T,) in 0..1. The energy-based pointing game (Wang et al. 2020,
+    Score-CAM; Zhang et al. 2018 count hits of the maximum). Uniform attention gets the object's
+    share of the area; attention to the usual position of objects gets what the masks of other
+    images get."""
+    return torch.einsum("ntp,np->t", attention, cover) / len(cover)
+
+
+def attention_similarity(attention, others):
+    """Mean cosine between the attention map of each position and those of all other positions:
+    attention (n, T, N) and others (n, T, N), the same maps for pairs within one image -> (T,) in
+    0..1; T >= 2. 1: every symbol attends to the same patches."""
+    cosine = torch.einsum("ntp,nsp->ts", F.normalize(attention, dim=-1),
+                          F.normalize(others, dim=-1)) / len(attention)         # (T, T)
+    return (cosine.sum(1) - cosine.diag()) / (len(cosine) - 1)
+
+
+# ---- symbols of changed images -------------------------------------------------------------------
+
+def teacher_forced(student, z_t, ids):
+    """Teacher-forced decoding: z_t (B, N+1, d) preprocessed, ids (B, T) -> Sequence in which symbol
+    t is the student's choice after ids[:, :t], whatever it chose there itself. The descriptor runs
+    as it is, of either recipe; only the embedding that each choice hands on is replaced."""
+    embeddings, position = student.embed(ids), iter(range(ids.shape[1]))
+
+    def force(disc, h, hard):
+        return disc(h, hard)._replace(embedding=embeddings[:, next(position)])
+
+    if isinstance(student.disc, torch.nn.ModuleList):                   # one for each position
+        discs = [partial(force, disc) for disc in student.disc]
+    else:
+        discs = partial(force, student.disc)
+    return student.descriptor(z_t, discs, hard=True)
+
+
+@torch.no_grad()
+def describe(teacher, student, size, images, forced_ids=None, progress=None):
+    """images (n, 3, H, W) uint8 -> ids (n, T) and attention maps (n, T, N), on the CPU. size: the
+    side at which the teacher takes images. forced_ids (n, T): see `teacher_forced`; the maps are
+    then None."""
+    device, ids, maps = next(student.parameters()).device, [], []
+    for i in range(0, len(images), BATCH):
+        x = data.normalize(images[i:i + BATCH].to(device), size)
+        z_t = student.preprocess(teacher(x))                                    # (B, N+1, d)
+        if forced_ids is None:
+            sequence = student.describe(z_t, hard=True, attention=True)
+            maps.append(sequence.attention.float().cpu())
+        else:
+            sequence = teacher_forced(student, z_t, forced_ids[i:i + BATCH].to(device))
+        ids.append(sequence.ids.cpu())
+        if progress:
+            progress.update(len(x))
+    return torch.cat(ids), torch.cat(maps) if maps else None
+
+
+def describe_all(describe, image_set):
+    """The ids (n, T) and attention maps (n, T, N) of an ImageSet; describe: see `measure`."""
+    batches = image_set.batches(torch.arange(len(image_set)).split(BATCH))
+    return [torch.cat(part) for part in zip(*map(describe, batches))]
+
+
+def agreement(ids, others):
+    """Share of images with equal symbols, per position: (n, T) twice -> (T,) in 0..1. Stability
     under `crop`, `noise` and `jpeg` is after Hendrycks and Dietterich 2019."""
     return (ids == others).double().mean(0)
 
 
-def patch_cover(masks, patches):
-    """masks (n, H, W) bool -> (n, N), the share of each patch that the object covers, 0 .. 1."""
-    return F.adaptive_avg_pool2d(masks[:, None].float(), math.isqrt(patches)).flatten(1)
-
-
-def pointing(attention, cover):
-    """Share of a symbol's attention that lies on the object, per position: attention (n, T, N) with
-    rows of sum 1, cover (n, N) -> (T,) in 0 .. 1. The energy-based pointing game (Wang et al. 2020,
-    Score-CAM; Zhang et al. 2018 count hits of the maximum). Attention spread evenly gets the
-    object's share of the area; attention to the usual place of objects, what other masks get."""
-    return torch.einsum("ntp,np->t", attention, cover) / len(cover)
-
-
-def hide(images, score, k):
-    """images (n, 3, H, W) uint8 -> the same, the k patches of the highest score (n, N) painted over
-    in the picture's median colour: on a plain ground the ground's own. The mean colour of a red
-    disc on grey, reddish, would be something new to see there."""
+def occlude(images, score, k):
+    """images (n, 3, H, W) uint8 -> the same with the k patches of the highest score (n, N) painted
+    over in the image's median colour, which on a plain background is the background's. The mean
+    colour of a red disc on grey, reddish, would be something new in the image."""
     chosen = torch.zeros_like(score).scatter_(1, score.topk(k).indices, 1)
     chosen = chosen.unflatten(1, (1, math.isqrt(score.shape[1]), -1))           # (n, 1, h, w)
     median = images.flatten(2).median(2).values[..., None, None]                # (n, 3, 1, 1)
     return torch.where(F.interpolate(chosen, images.shape[-2:]) > 0, median, images)
 
 
-class Repeat(torch.nn.Module):
-    """Stands for a discretizer while a descriptor says T symbols: each is its own choice, but what
-    goes on as the symbol before the next is `given` (n, T)."""
-
-    def __init__(self, disc, given):
-        super().__init__()
-        self.disc, self.given, self.t = disc, given, 0
-
-    def forward(self, h, hard=False, bids=None):
-        said, ids = self.disc(h, hard, bids), self.given[:, self.t]
-        self.t += 1
-        weights = F.one_hot(ids, said.weights.shape[1]).float()
-        return said._replace(weights=weights, embedding=self.disc.table[ids])
+def occlusion(describe, images, ids, score, k):
+    """The deletion metric (Samek et al. 2017; Petsiuk et al. 2018), one symbol at a time. images
+    (n, 3, H, W) uint8, ids (n, T), score (n, S, N), describe(images, forced_ids) -> ids and maps.
+    -> (S, T): the share of images in which symbol t changes when the k patches with the highest
+    score[:, s] are occluded. Symbols before t are kept as they were, so a change is its own."""
+    changed = [1 - agreement(ids, describe(occlude(images, row, k), ids)[0])
+               for row in score.unbind(1)]
+    return torch.stack(changed)
 
 
-def retell(teacher, student, images, given, size):
-    """uint8 (n, 3, H, W), given (n, T) -> ids (n, T): symbol t as chosen after given[:, :t]."""
-    parts = []
-    for x, ids in zip(images.split(128), given.split(128)):
-        repeat = Repeat(student.disc, ids.to(next(student.parameters()).device))
-        with mock.patch.object(student, "disc", repeat):
-            parts.append(read(teacher, student, x, size)[0])
-    return torch.cat(parts)
-
-
-def faithfulness(retell, images, ids, attention, k):
-    """How often a symbol changes when k patches are hidden in the input picture (deletion: Samek et
-    al. 2017, Petsiuk et al. 2018). images (n, 3, H, W) uint8, ids (n, T), attention (n, T, N),
-    retell(images, ids) -> ids. -> (T,) shares for the patches that its own attention ranks highest,
-    for those of the same position's attention to another picture, and for random ones.
-    Symbol t is conditioned on symbols 1 .. t-1: these stay as they were, so that a change is its
-    own. More than random says that the attention finds what matters; more than another picture's,
-    that it finds it in this picture."""
-    def changed(score):                                                         # (n, T, N) -> (T,)
-        said = [retell(hide(images, score[:, t], k), ids)[:, t] for t in range(ids.shape[1])]
-        return 1 - unchanged(ids, torch.stack(said, 1))
-
-    other = attention.roll(len(attention) // 2, 0)
-    return {"attended": changed(attention), "attended in another": changed(other),
-            "random": changed(torch.rand_like(attention))}
+def specificity(changed):
+    """changed (T, T) of `occlusion` for the attention maps of the T positions -> (T,): the change
+    of symbol t when the patches that it attends to are occluded, over its mean change when those
+    are that another symbol attends to. 1: its map finds nothing that the others' maps do not; NaN
+    where it never changes under the others'."""
+    own, length = changed.diag(), len(changed)
+    other = (changed.sum(0) - own) / (length - 1)
+    return torch.where(other > 0, own / other, math.nan)
 
 
 def crop(images, area=0.9):
-    """The middle `area` of each picture at the picture's own size, bilinear."""
+    """The middle `area` of each image at the image's own size, bilinear."""
     scale = area**0.5
     theta = torch.tensor([[scale, 0, 0], [0, scale, 0]]).expand(len(images), 2, 3)
     grid = F.affine_grid(theta, images.shape, align_corners=False)
@@ -221,116 +213,151 @@ def noise(images, sigma=0.02):
 def jpeg(images, quality=75):
     """Through a JPEG file and back, with Pillow: torchvision's own is going to be removed."""
     def through(image):                                                         # (3, H, W)
-        picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
-        picture.save(file, "JPEG", quality=quality)
+        file = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "JPEG",
+                                                                          quality=quality)
         return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
     return torch.stack([through(image) for image in images])
 
 
-# ---- a checkpoint: all its figures, and the report -----------------------------------------------
+# ---- a checkpoint: all its measures, and the report ----------------------------------------------
 
-def language_figures(ids, factors, vocab, pairs, times):
-    """Rows of the table: ids (n, T), factors (n, B) in FACTORS' order, pairs: how many."""
+def factor_measures(ids, factors, vocab, times):
+    """ids (n, T), factors {name: (n,)} -> {measure: {kind: number or (T,)}}."""
+    names, factors = list(factors), torch.stack([*factors.values()], 1)         # (n, B)
     bits, most = mutual_information(ids, factors), mutual_information(factors, factors).diag()
     by_chance = chance(lambda f: mutual_information(ids, f), factors, times)
-    rows = {f"bits about {name}, of {most[b]:.2f}":
-            {"measured": bits[:, b], "chance": by_chance[:, b]} for b, name in enumerate(FACTORS)}
+    rows = {f"mutual_information_{name}":
+            {"measured": bits[:, b], "chance": by_chance[:, b], "factor_entropy": most[b]}
+            for b, name in enumerate(names)}
     (n, t), counts = ids.shape, symbol_counts(ids, vocab)
-    placed = ids + vocab * torch.arange(t)                 # symbol 5 at place 1 is not 5 at place 3
+    by_position = ids + vocab * torch.arange(t)     # symbol 5 at position 1 is not 5 at position 3
     halves = torch.randperm(n).tensor_split(2)
-    first, step = torch.randint(n, (pairs,)), torch.randint(1, n, (pairs,))
-    pairs = torch.stack([first, (first + step) % n], 1)                     # of two, never of one
-    measures = {"posdis": lambda f: disentanglement(ids, f),
-                "bosdis": lambda f: disentanglement(counts, f),
-                "symbols that name a value": lambda f: naming_share(ids, f, halves, vocab),
-                "the same, at their place": lambda f: naming_share(placed, f, halves, t * vocab)}
-    for d in DISTANCES:
-        measures[f"topographic similarity, {d}"] = (
-            lambda f, d=d: topographic_similarity(ids, f, pairs, d))
+    measures = {"positional_disentanglement": lambda f: disentanglement(ids, f),
+                "bag_of_symbols_disentanglement": lambda f: disentanglement(counts, f),
+                "lift_purity": lambda f: lift_purity(ids, f, halves, vocab),
+                "lift_purity_by_position": lambda f: lift_purity(by_position, f, halves, t * vocab)}
     for name, measure in measures.items():
         rows[name] = {"measured": measure(factors), "chance": chance(measure, factors, times)}
     return rows
 
 
-def figures(describe, retell, image_set, vocab, share=0.25, pairs=50_000, times=20, disturbed=2000):
-    """All rows that the data allow: {name: {kind: number, or (T,) per position}}. describe(images,
-    attention) -> ids (n, T) and attention (n, T, N) or None, as visualize.read; retell(images, ids)
-    -> ids. Only the first `disturbed` pictures are hidden from and disturbed."""
-    images = image_set.images
-    ids, attention = describe(images, True)
-    _, t, patches = attention.shape
-    k, rows = max(1, round(share * patches)), {}
-    if image_set.factors:
-        factors = torch.stack([image_set.factors[name] for name in FACTORS], 1)
-        rows |= language_figures(ids, factors, vocab, pairs, times)
-    if image_set.masks is not None:
-        cover = patch_cover(image_set.masks, patches)
-        rows["attention on the object"] = {
-            "measured": pointing(attention, cover), "share of the area": cover.mean(),
-            "masks of other pictures": chance(lambda c: pointing(attention, c), cover, times)}
-    images, ids, attention = images[:disturbed], ids[:disturbed], attention[:disturbed]
-    kept = faithfulness(retell, images, ids, attention, k)
-    rows[f"changed, {k} of {patches} patches hidden"] = kept
-    for other in ("random", "attended in another"):
-        means = ([kept[x][:end].mean().item() for x in ("attended", other)] for end in (t, 1))
-        total, first = (a / b if b else None for a, b in means)
-        rows[f"attended / {other}"] = {"all positions": total, "position 1": first}
-    stays = {f.__name__: unchanged(ids, describe(f(images), False)[0]) for f in (crop, noise, jpeg)}
-    rows["unchanged"] = stays | {"chance": chance(lambda x: unchanged(ids, x), ids, times)}
-    return {name: {kind: x.tolist() if torch.is_tensor(x) else x for kind, x in row.items()}
-            for name, row in rows.items()}
+def attention_measures(attention, masks, times):
+    """attention (n, T, N), masks (n, H, W) or None -> {measure: {kind: number or (T,)}}."""
+    rows = {}
+    if attention.shape[1] > 1:
+        similarity = partial(attention_similarity, attention)
+        rows["attention_similarity"] = {"measured": similarity(attention),
+                                        "chance": chance(similarity, attention, times)}
+    if masks is not None:
+        cover = patch_cover(masks, attention.shape[2])
+        rows["pointing_game"] = {
+            "measured": pointing_game(attention, cover), "uniform_attention": cover.mean(),
+            "chance": chance(lambda c: pointing_game(attention, c), cover, times)}
+    return rows
+
+
+def perturbation_measures(describe, images, ids, attention, k, times):
+    """images (n, 3, H, W) uint8, their ids (n, T) and attention (n, T, N); k patches are occluded;
+    describe(images, forced_ids=None) -> ids, maps. -> {measure: {kind: number or (T,)}}."""
+    elsewhere = attention.roll(len(attention) // 2, 0)                  # maps of other images
+    changed = occlusion(describe, images, ids, attention, k)                    # (T, T)
+    rows = {"occlusion": {
+        "attended": changed.diag(),
+        "attended_in_another_image": occlusion(describe, images, ids, elsewhere, k).diag(),
+        "random": occlusion(describe, images, ids, torch.rand_like(attention[:, :1]), k)[0]}}
+    if len(changed) > 1:
+        rows["specificity"] = {"measured": specificity(changed)}
+    stable = {f.__name__: agreement(ids, describe(f(images))[0]) for f in (crop, noise, jpeg)}
+    rows["stability"] = stable | {"chance": chance(lambda x: agreement(ids, x), ids, times)}
+    return rows
+
+
+def passes(n, perturbed, length):
+    """How many images `measure` has to describe."""
+    return n + min(n, perturbed) * (2 * length + 1 + 3)
+
+
+def measure(describe, image_set, vocab, share=0.25, times=20, perturbed=2000):
+    """Everything that the ImageSet allows. describe(images, forced_ids=None) -> ids (n, T), maps
+    (n, T, N). share: of the patches, occluded; times: permutations; perturbed: how many images are
+    occluded and perturbed, the first ones. -> plain values: {measure: {kind: number, or list of T,
+    None where it is undefined}}."""
+    ids, attention = describe_all(describe, image_set)
+    k = max(1, round(share * attention.shape[2]))
+    rows = factor_measures(ids, image_set.factors, vocab, times) if image_set.factors else {}
+    rows |= attention_measures(attention, image_set.masks, times)
+    some = torch.arange(min(perturbed, len(image_set)))
+    rows |= perturbation_measures(describe, image_set.get(some), ids[some], attention[some], k,
+                                  times)
+
+    def plain(x):
+        values = torch.as_tensor(x).double()
+        values = [v if math.isfinite(v) else None for v in values.flatten().tolist()]
+        return values if torch.is_tensor(x) and x.ndim else values[0]
+
+    return {name: {kind: plain(x) for kind, x in row.items()} for name, row in rows.items()}
 
 
 def print_table(rows):
-    """Per position where there is one, and the mean over positions in the first column."""
+    """The mean over positions in the first column, then each position, where there is one."""
     t = max(len(x) for row in rows.values() for x in row.values() if isinstance(x, list))
-    print(f"{'':59}{'all':>7}" + "".join(f"{i:7d}" for i in range(1, t + 1)))
+    print(f"{'':59}{'mean':>7}" + "".join(f"{i:7d}" for i in range(1, t + 1)))
     for name, row in rows.items():
         for i, (kind, x) in enumerate(row.items()):
-            cells = [sum(x) / len(x), *x] if isinstance(x, list) else [x]
+            known = [v for v in x if v is not None] if isinstance(x, list) else []
+            cells = [sum(known) / len(known) if known else None, *x] if isinstance(x, list) else [x]
             cells = "".join("      -" if c is None else f"{c:7.3f}" for c in cells)
-            print(f"{'' if i else name:35}{kind:24}{cells}")
+            print(f"{'' if i else name:32}{kind:27}{cells}")
+
+
+def run(args):
+    if (min(args.images, args.perturbed) < 2 or args.permutations < 1
+            or not 0 < args.occluded_share < 1):
+        raise ValueError("--images and --perturbed must be at least 2, --permutations at least 1, "
+                         "and --occluded-share between 0 and 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
+    config, teacher, student = checkpoint.load_model(args.checkpoint, args.device)
+    name, size = args.data or config["data"], config["image_size"]
+    image_set = data.load(name, "test", size, args.images, config["seed"])
+    torch.manual_seed(args.seed)
+    total = passes(len(image_set), args.perturbed, config["length"])
+    with Progress("images described", total) as progress:
+        describe_images = partial(describe, teacher, student, size, progress=progress)
+        rows = measure(describe_images, image_set, config["vocab"], args.occluded_share,
+                       args.permutations, args.perturbed)
+    record = {"data": name, "images": len(image_set),
+              "perturbed_images": min(args.perturbed, len(image_set)),
+              "occluded_share": args.occluded_share, "permutations": args.permutations,
+              "seed": args.seed, "measures": rows}
+    print("{data}: {images} test images, of which {perturbed_images} are perturbed; chance: mean "
+          "of {permutations} permutations".format_map(record))
+    print_table(rows)
+    if args.json:
+        checkpoint.write_json(args.json, record)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m extras.measures", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="RUN/ckpt.pt, written by train.py")
-    add("--data", help="another data set than the run's, to see if its language carries over")
-    add("--images", type=int, default=10_000, help="test images: more make rare symbols surer")
-    add("--disturbed", type=int, default=2000,
-        help="of them, for faithfulness and stability, which take most of the time")
-    add("--hide", type=float, default=0.25, help="share of the patches hidden for faithfulness")
-    add("--pairs", type=int, default=50_000, help="random pairs, for topographic similarity")
+    add("checkpoint", type=Path, help="RUN/ckpt.pt, written by train.py")
+    add("--data", help="another data set than the run's, to see if its code transfers")
+    add("--images", type=int, default=10_000,
+        help="test images; with more the figures of rare symbols have less bias")
+    add("--perturbed", type=int, default=2000,
+        help="of them, for occlusion and stability, which take most of the time")
+    add("--occluded-share", type=float, default=0.25, help="of the patches, in 0..1; lower it to "
+        "occlude the one most attended patch")
     add("--permutations", type=int, default=20, help="how many the chance levels average over")
-    add("--seed", type=int, default=0, help="of permutations, pairs, halves, noise, random patches")
-    add("--json", type=Path, metavar="FILE", help="also write the figures there")
+    add("--seed", type=int, default=0, help="of permutations, halves, noise and random patches")
+    add("--json", type=Path, metavar="FILE", help="also write the record there")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    args = parser.parse_args(argv)
     try:
-        few = min(args.images, args.disturbed) < 2 or min(args.pairs, args.permutations) < 1
-        if few or not 0 < args.hide < 1:
-            raise ValueError("at least: --images 2, --disturbed 2, --pairs 1, --permutations 1; "
-                             "--hide in (0, 1)")
-        if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
-        config, teacher, student = load_checkpoint(args.checkpoint, args.device)
-        name, size = args.data or config["data"], config["image_size"]
-        test = load(name, "test", size, args.images, config["seed"])
-        torch.manual_seed(args.seed)
-        rows = figures(lambda x, attention: read(teacher, student, x, size, attention),
-                       lambda x, ids: retell(teacher, student, x, ids, size), test,
-                       config["vocab"], args.hide, args.pairs, args.permutations, args.disturbed)
-        print(f"{name}: {len(test)} test images, {min(len(test), args.disturbed)} of them "
-              f"disturbed, {args.pairs} pairs, chance: {args.permutations} permutations")
-        print_table(rows)
-        if args.json:
-            about = {"data": name, "images": len(test), "disturbed": args.disturbed,
-                     "hidden share": args.hide, "pairs": args.pairs,
-                     "permutations": args.permutations, "seed": args.seed}
-            args.json.write_text(json.dumps(about | rows, indent=1) + "\n")
+        run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.measures: {error}") from None
 

@@ -1,20 +1,20 @@
-"""extras/page.py: a planted toy language must come out with its exact figures, in sound HTML."""
+"""extras/page.py: planted codes must come out with their exact figures, in valid HTML."""
 import html
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+import tiny_checkpoint
 import torch
 
-import train
 from data import ImageSet, load
 from extras import page
 
 
 def toy():
-    """40 images, 10 of class a<b and 30 of class "c&d"; 4 patches. Symbol 5 is said first in 8 of
-    the tens and 2 of the thirties, 1 elsewhere; then 7 where the first is 5, else 3; then 3, 3."""
+    """40 images, 10 of class a<b and 30 of class "c&d"; 4 patches. Symbol 5 comes first in 8 of the
+    ten and 2 of the thirty, 1 in the others; then 7 where the first is 5, else 3; then 3, 3."""
     labels = torch.tensor([0] * 10 + [1] * 30)
     ids = torch.full((40, 4), 3)
     ids[:, 0] = 1
@@ -24,11 +24,11 @@ def toy():
     return ids, torch.full((40, 4, 4), 0.25), ImageSet(images, labels, ["a<b", '"c&d"'])
 
 
-def built(ids, attention, data, **more):
-    return page.build(ids, attention, data, 8, "run <1>", "toy", **more)
+def built(ids, attention, image_set, **more):
+    return page.build(page.Codes(ids, attention, image_set, 8), "run <1>", "toy", **more)
 
 
-class Sound(HTMLParser):
+class Parser(HTMLParser):
     """Fails on a tag that is not closed in its order; collects ids, links and text."""
 
     def __init__(self, text):
@@ -54,17 +54,17 @@ class Sound(HTMLParser):
 
 
 @pytest.mark.parametrize("symbols", [0, 2, 64])
-def test_the_page_is_sound_and_needs_nothing_else(symbols):
+def test_the_page_is_valid_and_needs_nothing_else(symbols):
     text = built(*toy(), symbols=symbols, metrics=[{"epoch": 1, "loss": 2.0}])
-    sound = Sound(text)
-    assert len(sound.ids) == len(set(sound.ids))
-    assert sound.links and all(link[0] == "#" and link[1:] in sound.ids for link in sound.links)
-    assert sound.sources and all(source.startswith("data:image/") for source in sound.sources)
-    assert not re.search(r"https?:|url\(|@import|<link", text) and "$" not in sound.text
+    parsed = Parser(text)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert parsed.links and all(link[0] == "#" and link[1:] in parsed.ids for link in parsed.links)
+    assert parsed.sources and all(source.startswith("data:image/") for source in parsed.sources)
+    assert not re.search(r"https?:|url\(|@import|<link", text) and "$" not in parsed.text
     assert text.count("data:image/png") == len(page.visualize.PANELS)
-    headings = re.findall(r"<h2[^>]*>(\w+)", text)
-    assert headings == ["Training", "Samples", "Dictionary", "Prefixes"]
-    assert text.count("<article") == min(symbols, 4)            # 1, 3, 5 and 7 are said
+    headings = re.findall(r"<h2[^>]*>([\w ]+)", text)
+    assert headings == ["Training", "Samples", "Symbol table", "Prefixes"]
+    assert text.count("<article") == min(symbols, 4)            # 1, 3, 5 and 7 are in use
 
 
 def test_lifts_are_exact():
@@ -74,7 +74,7 @@ def test_lifts_are_exact():
         ("a<b", 0.8 / 0.25, 8), ('"c&d"', pytest.approx(0.2 / 0.75), 2)]
     everyone = page.lifts(first | True, data.labels, data.classes)
     assert sorted(everyone) == [('"c&d"', 1.0, 30), ("a<b", 1.0, 10)]
-    half = torch.where(torch.arange(40) < 5, -1, data.labels)   # 5 of class 0 are left, 3 say 5
+    half = torch.where(torch.arange(40) < 5, -1, data.labels)   # 5 of class 0 remain, 3 have 5
     assert page.lifts(first, half, data.classes)[0] == ("a<b", pytest.approx(3 / 5 / (5 / 35)), 3)
     assert page.lifts(first, torch.full((40,), -1), data.classes) == []
 
@@ -87,33 +87,33 @@ def test_one_odd_image_of_a_rare_value_does_not_come_first():
     assert [row[0] for row in rows] == ["common", "rare"]
 
 
-def test_an_entry_tells_counts_positions_meaning_and_companions():
+def test_an_entry_has_counts_positions_values_and_co_occurrence():
     text = built(*toy())
     entry = re.search(r'<article[^>]*id="s5">.*?</article>', text).group()
     words = html.unescape(re.sub("<[^>]+>", " ", entry)).split()
-    assert "5 10 images, 25.0 % said 10 times below: number 1 in 10 images" == " ".join(words[:14])
-    assert "class a<b × 3.20 (8)" in " ".join(words)            # "c&d" is rarer here than elsewhere
-    assert words[-6:] == ["said", "with", "3", "10,", "7", "10"]
+    assert " ".join(words[:12]) == "5 10 images, 25.0 % 10 uses below: position 1, 10 images"
+    assert "class a<b × 3.20 (8)" in " ".join(words)        # "c&d" is rarer here than elsewhere
+    assert words[-6:] == ["co-occurs", "with", "3", "10,", "7", "10"]
     assert re.findall(r"<div>(\d*)<i style=\"height:(\d+)px\"></i>\d", entry) == [
         ("10", "28"), ("", "0"), ("", "0"), ("", "0")]
-    assert entry.count("<img") == 2 * page.SHOWN
+    assert entry.count("<img") == 2 * page.EXAMPLES
 
 
-def test_a_symbol_is_explained_where_it_tells_most():
-    """Symbol 1 is said in 12 images at place 1, whatever they are, in the 4 of class 0 at place
-    2."""
+def test_the_most_informative_position():
+    """Symbol 1 is at position 1 in 12 images of both classes, at position 2 in the 4 of class 0."""
     labels = torch.tensor([0] * 4 + [1] * 20)
     ids = torch.stack([torch.arange(24) % 2, (labels == 0).long(), torch.full((24,), 2)], 1)
-    assert page.telling_place(ids, 1, {"class": (labels, ["few", "many"])}) == 1
+    assert page.most_informative_position(ids, 1, {"class": (labels, ["few", "many"])}) == 1
     unknown = {"class": (labels * 0 - 1, ["few", "many"])}
-    assert page.telling_place(ids, 1, unknown) == 0
-    assert page.telling_place(ids, 1, {}) == 0 and page.telling_place(ids, 2, {}) == 2
+    assert page.most_informative_position(ids, 1, unknown) == 0
+    assert page.most_informative_position(ids, 1, {}) == 0
+    assert page.most_informative_position(ids, 2, {}) == 2
 
 
-def test_companions_are_counted_in_images():
-    said = torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0], [0, 1, 0, 1], [1, 0, 0, 1]]).bool()
-    assert page.companions(said, 0, 4) == [(1, 2), (3, 2)]
-    assert page.companions(said, 1, 1) == [(0, 2)] and page.companions(said, 2, 4) == []
+def test_co_occurrence_is_counted_in_images():
+    present = torch.tensor([[1, 1, 0, 1], [1, 1, 0, 0], [0, 1, 0, 1], [1, 0, 0, 1]]).bool()
+    assert page.co_occurrence(present, 0, 4) == [(1, 2), (3, 2)]
+    assert page.co_occurrence(present, 1, 1) == [(0, 2)] and page.co_occurrence(present, 2, 4) == []
 
 
 def test_the_tree_goes_from_the_largest_group_to_its_parts():
@@ -122,7 +122,9 @@ def test_the_tree_goes_from_the_largest_group_to_its_parts():
     assert [(s, m.tolist()) for s, m in groups] == [(2, [0, 2, 3, 5, 6]), (1, [1, 4])]
     inner = page.prefix_groups(ids, groups[0][1], 1, 9)
     assert [(s, m.tolist()) for s, m in inner] == [(0, [0, 2, 6]), (3, [3, 5])]
-    tree = html.unescape(re.sub(r"<[^>]+>", " ", page.tree(ids, {}, ["."] * 8)))
+    images = ImageSet(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.full((8,), -1), [])
+    tree = page.tree(page.Codes(ids, torch.full((8, 2, 4), 0.25), images, 7))
+    tree = html.unescape(re.sub(r"<[^>]+>", " ", tree))
     found = re.findall(r"(?:\d+ +)+images?", tree)
     assert [" ".join(x.split()) for x in found] == [
         "2 5 images", "2 0 3 images", "2 3 2 images", "1 2 images", "1 4 2 images", "6 1 image",
@@ -132,22 +134,22 @@ def test_the_tree_goes_from_the_largest_group_to_its_parts():
 def test_names_are_escaped():
     text = built(*toy())
     assert "a<b" not in text and '"c&d"' not in text and "run <1>" not in text
-    sound = Sound(text)
-    assert "a<b" in sound.text and '"c&d"' in sound.text and "What run <1> says" in sound.text
+    parsed = Parser(text)
+    assert "a<b" in parsed.text and '"c&d"' in parsed.text and "Symbols of run <1>" in parsed.text
 
 
-def test_data_without_labels_has_a_page_without_meanings():
+def test_images_without_labels_have_a_page_without_values():
     ids, attention, data = toy()
     text = built(ids, attention, ImageSet(data.images, torch.full((40,), -1), []))
-    sound = Sound(text)
-    assert "class" not in sound.text and "No metrics.jsonl" in sound.text
-    assert "10 images, 25.0 %" in sound.text and text.count("<article") == 4
+    parsed = Parser(text)
+    assert "class" not in parsed.text and "No metrics.jsonl" in parsed.text
+    assert "10 images, 25.0 %" in parsed.text and text.count("<article") == 4
 
 
-def test_factors_of_shapes_are_told():
+def test_factors_of_shapes_are_named():
     data = load("shapes", "test", 32, 60)
     small = data.factors["size"] == 0
-    ids = torch.where(small, 5, 2)[:, None]                     # a language of one word: the size
+    ids = torch.where(small, 5, 2)[:, None]                     # the one symbol is the size
     text = built(ids, torch.full((60, 1, 64), 1 / 64), data)
     entry = re.search(r'<article[^>]*id="s5">.*?</article>', text).group()
     words = html.unescape(re.sub("<[^>]+>", "", entry)).replace("\xa0", " ")
@@ -156,23 +158,26 @@ def test_factors_of_shapes_are_told():
     assert all(f"<th>{name}</th>" in entry for name in ("shape", "colour", "size", "column", "row"))
 
 
-def test_large_pictures_become_thumbnails():
-    text = page.picture(torch.zeros(3, 256, 256, dtype=torch.uint8), 64)
+def test_large_images_become_thumbnails():
+    text = page.thumbnail(torch.zeros(3, 256, 256, dtype=torch.uint8), 64)
     assert len(text) < 2000 and "pixels" not in text            # smoothly, not in blocks
 
 
-def test_the_command_writes_a_page_and_names_what_is_wrong(tiny, tmp_path, capsys):
-    train.run(train.parse(tiny("--epochs", "1")))
+def test_the_command_writes_a_page_and_names_what_is_wrong(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "new" / "page.html"
+    run.mkdir()
+    tiny_checkpoint.save(run / "ckpt.pt")
+    (run / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "loss": 2.0}) + "\n")
     page.main([str(run / "ckpt.pt"), "-o", str(out), "--images", "30", "--device", "cpu"])
     assert "30 images" in capsys.readouterr().out
     text = out.read_text()
-    assert "30 test images of shapes" in Sound(text).text and str(tmp_path) not in text
+    assert "30 test images of shapes" in Parser(text).text and str(tmp_path) not in text
     page.main([str(run / "ckpt.pt"), "-o", str(out), "--images", "9", "--split", "train"])
-    assert "9 train images of shapes" in Sound(out.read_text()).text
+    assert "9 train images of shapes" in Parser(out.read_text()).text
     (run / "metrics.jsonl").write_text(json.dumps({"no": "epoch"}) + "\n")
-    for words in [[str(tmp_path / "none.pt")], [str(run / "ckpt.pt")],
-                  [str(run / "ckpt.pt"), "--data", "nothing"]]:
+    ckpt = str(run / "ckpt.pt")
+    for words in [[str(tmp_path / "none.pt")], [ckpt], [ckpt, "--data", "nothing"],
+                  [ckpt, "--images", "0"]]:
         with pytest.raises(SystemExit, match=r"^extras\.page: [^\n]+$"):
             page.main([*words, "--device", "cpu", "-o", str(tmp_path / "x.html")])
     assert not (tmp_path / "x.html").exists()
