@@ -11,8 +11,8 @@
 To add one, write a class and its entry in DISCRETIZERS (README: "Add a discretizer").
 B: images times views, d: width, K: vocabulary; (3.2) is the paper's section.
 """
-import argparse
 import math
+from argparse import Namespace
 from typing import NamedTuple
 
 import torch
@@ -85,6 +85,7 @@ class Discretizer(nn.Module):
 class Softmax(Discretizer):
     """Low-temperature softmax (3.2, item 1), with an optional straight-through one-hot."""
 
+    tempered = True             # the logits are W h / tau
     init_sharpness = 1.0        # deviation of W h after `init_codebook`: of the logits, 1 / tau
 
     def __init__(self, width, vocab, args):
@@ -92,17 +93,13 @@ class Softmax(Discretizer):
         self.straight_through = args.straight_through
         self.to_logits = nn.Linear(width, vocab)
         # h has unit variance (it leaves a BatchNorm), so the logits have deviation SPREAD
-        nn.init.normal_(self.to_logits.weight, std=SPREAD * self.divisor / math.sqrt(width))
+        divisor = self.tau if self.tempered else 1.0
+        nn.init.normal_(self.to_logits.weight, std=SPREAD * divisor / math.sqrt(width))
         nn.init.zeros_(self.to_logits.bias)
         self.codebook = nn.Parameter(TABLE_STD * torch.randn(vocab, width))     # (K, d)
 
-    @property
-    def divisor(self):
-        """What W h is divided by to give the logits."""
-        return self.tau
-
     def logits(self, h):
-        return self.to_logits(h) / self.divisor
+        return self.to_logits(h) / (self.tau if self.tempered else 1.0)
 
     def soft_assignment(self, logits):
         """(B, K) -> (B, K), the mixture that carries the gradient."""
@@ -135,11 +132,8 @@ class Gumbel(Softmax):
     gradient reaches."""
 
     default_tau_start, default_tau = 2.0, 0.5       # annealed: the base strategy of section 3.4
+    tempered = False            # they are W h
     init_sharpness = 30.0       # of the logits; the noise has deviation 1.28
-
-    @property
-    def divisor(self):
-        return 1.0
 
     def soft_assignment(self, logits):
         if self.training:
@@ -204,20 +198,17 @@ def anneal(module, progress):
 
 def main():
     torch.manual_seed(0)
-    flags = argparse.ArgumentParser()
-    add_flags(flags.add_argument)
     h = torch.randn(1, 4, requires_grad=True)
     print("One decoder output h through the three discretizers, K = 5 symbols, d = 4")
     print("h =", [round(x, 2) for x in h[0].tolist()])
-    for name in DISCRETIZERS:
-        disc = build(flags.parse_args(["--disc", name, "--vocab", "5"]), 4)
+    for name, disc in DISCRETIZERS.items():
+        disc = disc(4, 5, Namespace(tau=None, tau_start=None, straight_through=False, vq_beta=0.25))
         for hard in (False, True):
-            h.grad = None
             out = disc(h, hard)
-            out.embedding.sum().backward()
-            gradient = "none" if h.grad is None else f"{h.grad.norm():.2f}"
+            gradient, = torch.autograd.grad(out.embedding.sum(), h, allow_unused=True)
             print(f"{name:8}{'hard' if hard else 'soft'}  symbol {out.ids.item()}  weights "
-                  + " ".join(f"{w:.2f}" for w in out.weights[0]) + f"  |gradient of h| {gradient}")
+                  + " ".join(f"{w:.2f}" for w in out.weights[0]) + "  |gradient of h| "
+                  + ("none" if gradient is None else f"{gradient.norm():.2f}"))
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
         kind = torch.device(args.device).type
         self.scaler = torch.amp.GradScaler(kind, enabled=args.precision == "float16")
-        self.epoch, self.seconds = 0, 0.0               # finished ones
-        self.step_in_epoch, self.elapsed = 0, 0.0       # steps and seconds of the present one
+        self.epoch, self.seconds = 0, 0.0               # finished; below: of the present epoch
+        self.step_in_epoch, self.elapsed = 0, 0.0
         self.sums = {}                                  # of the log's values since its last line
         self.steps_per_epoch = len(images) // args.batch_size
         self.steps = self.steps_per_epoch * args.epochs
@@ -168,11 +168,9 @@ class Trainer:
         """Raises FloatingPointError when the loss or a weight is not finite."""
         loss = (self.sums["loss"] / self.sums["steps"]).item()
         if not (math.isfinite(loss) and all(p.isfinite().all() for p in self.student.parameters())):
-            saved = checkpoint.exists(self.args.out / "ckpt.pt")
-            kept = f"{self.args.out}/ckpt.pt is from before" if saved else "nothing is saved yet"
             raise FloatingPointError(
-                f"the loss is {loss} in epoch {self.epoch + 1}, or a weight is not finite; {kept}. "
-                "Try a lower --lr or a higher --tau")
+                f"the loss is {loss} in epoch {self.epoch + 1}, or a weight is not finite; "
+                f"{self.args.out} keeps what was saved before. Try a lower --lr or a higher --tau")
 
 
 def log_line(trainer, record, held_out):
