@@ -81,14 +81,14 @@ class ImageSet:
         return f"{len(self)} images, {digest.hexdigest()[:12]}"
 
 
-def split_held_out(images, seed):
-    """Training images -> those to train on, and up to 1000 (5 % at most) for the monitor."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    n = min(1000, len(images) // 20)
-    if n < 2:
-        raise ValueError(f"{len(images)} training images are too few: the monitor alone needs 40 "
-                         "(1 in 20)")
-    return images.subset(order[n:]), images.subset(order[:n])
+def held_out_indices(n, seed):
+    """Indices of n training images -> those to train on, and up to 1000 (5 % at most) for the
+    monitor of a run. Raises ValueError for too few."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    count = min(1000, n // 20)
+    if count < 2:
+        raise ValueError(f"{n} training images are too few: the monitor alone needs 40 (1 in 20)")
+    return order[count:], order[:count]
 
 
 # ----------------------------------------------------------------------------- sources of images

@@ -66,6 +66,18 @@ class TrainingTokens:
                 progress.update(len(x))
         return torch.cat(out)
 
+    @torch.no_grad()
+    def gallery(self, held_out):
+        """The cache's z_t (n, N+1, d) of the images without augmentation, with those of the images
+        `held_out`, in the order of `data.load`, for the evaluation's gallery. None without cache."""
+        if self.cache is None:
+            return None
+        batches = torch.arange(len(held_out)).split(self.args.batch_size)
+        others = [self.encode(x, 0).half().cpu() for x in held_out.batches(batches)]
+        z_t = torch.cat([self.cache[:, 0], *others])
+        order = torch.cat(data.held_out_indices(len(z_t), self.args.seed))
+        return z_t[order.argsort()]
+
     def batches(self, epoch, start, steps):
         """Yields this process's z_t (V*b, N+1, d) of the steps from `start` on, through the images
         in an order that depends on seed and epoch alone."""

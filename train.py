@@ -203,7 +203,7 @@ def setup(args, state):
                          f"{teacher.patch} pixels")
     student = checkpoint.STUDENTS[args.recipe](args, teacher.width).to(args.device)
     manager = checkpoint.Manager(args.out / "ckpt.pt", SAVE_MINUTES, images.fingerprint())
-    images, held_out = data.split_held_out(images, args.seed)
+    images, held_out = map(images.subset, data.held_out_indices(len(images), args.seed))
     trainer = Trainer(args, teacher, student, images)
     if state:
         manager.check_data(state)
@@ -239,17 +239,17 @@ def run(args):
                 if trainer.step_in_epoch == 0 or manager.should_save():
                     manager.save(checkpoint.state_of(trainer))
     if distributed.rank() == 0:
-        finish(args, held_out, evaluation=not problem)
+        finish(args, trainer.tokens, held_out, evaluation=not problem)
         print(f"finished in {duration(time.time() - start)}")
 
 
-def finish(args, held_out, evaluation):
+def finish(args, tokens, held_out, evaluation):
     """The evaluation and the figures, from the checkpoint as written."""
     out = args.out
     config, teacher, student = checkpoint.load_model(out / "ckpt.pt", args.device)
     checkpoint.previous(out / "ckpt.pt").unlink(missing_ok=True)    # of no use: the last is intact
     if evaluation:
-        results = evaluate.evaluate(teacher, student, config)
+        results = evaluate.evaluate(teacher, student, config, tokens=tokens.gallery(held_out))
         evaluate.print_table(results)
         checkpoint.write_json(out / "results.json", evaluate.summary(results))
     titles = [held_out.classes[y] if y >= 0 else "" for y in held_out.labels[:8]]
