@@ -1,17 +1,25 @@
-"""What 1, 2, 4 and 8 symbols keep without any learning of a language: k-means on the teacher's CLS.
+"""k-means and residual k-means of the CLS: what as many bits keep where no network is trained.
 
-    python -m extras.baselines --vocab 128 --json results/baselines-shapes-128-s0.json
-    python -m extras.baselines --space --json results/baselines-shapes-128-space-s0.json
+    python -m extras.baselines --vocab 128 --json results/shapes-kmeans-128-s0.json
+    python -m extras.baselines --checkpoint runs/RUN/ckpt.pt          # of the CLS in its own space
+    python -m extras.baselines --checkpoint runs/RUN/ckpt.pt --beam 8
 
-1 symbol: k-means with K centres. More: residual k-means, whose stage j quantises what stages
-1 … j-1 left over (Juang and Gray 1982). n stages are n symbols of K, exactly as many bits as a
-prefix of n symbols of the student; the receiver knows the K * n centres and adds them up. Plain
-k-means stops at 1 symbol: 2 symbols of 128 are 14 bits, 16 384 centres for 20 000 pictures, and 4
-are 2^28. Same data, same k-NN and linear probe as evaluate.py. A student below these figures has
-not learned anything that its teacher's features and a minute of k-means would not give.
+    r_0 = x,   s_n = argmin_k |r_(n-1) - c_k^(n)|^2,   r_n = r_(n-1) - c_(s_n)^(n)
+
+1 symbol is k-means with K centroids. n symbols are residual k-means (Juang and Gray 1982): stage n
+quantises the residual that stages 1 ... n-1 leave, the receiver adds n centroids, and the code has
+the n log2 K bits of a student's prefix of n symbols. --beam B keeps the B best codes of each image
+at every stage instead of the best one, and fits the next stage to the residuals of all of them
+(multi-path encoding, Liu et al. 2015; faiss's ResidualQuantizer). The best code of n symbols then
+need not be the start of the best one of 8, as it is for a student, so a beam is the harder rival.
+
+x is the teacher's raw CLS, or, with --checkpoint, the CLS in that student's own space,
+student.preprocess(z_t)[:, 0]. Images, k-NN and linear probe are those of evaluate.py. Relative
+k-NN accuracy is k-NN top-1 divided by that of the raw CLS (retention_raw), and by that of the CLS
+in the student's space (retention_space, of row teacher_space). A student below these rows has learned nothing that its
+teacher's features and a minute of k-means would not give.
 """
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -19,30 +27,35 @@ import torch
 
 import checkpoint
 import data
-import discretize
 import evaluate
-import model
-import train as train_script
-from extras.probe_teacher import cls_features
+import precision
+import stable
+import teachers
+from extras.probe_teacher import check_folder, features
+from progress import Progress
+
+POINTS_PER_CENTROID = 256       # k-means is fitted to at most this many: faiss's default
+CHUNK = 1000                    # images whose distances are in memory at a time
 
 
-def add_flags(p):
-    """What every baseline asks for, and train.py too; extras/vqvae.py shares them."""
-    p.add_argument("--data", default="shapes", help="as in train.py")
-    p.add_argument("--teacher", default="shapes", help="as in train.py")
-    p.add_argument("--image-size", type=int, default=32, help="pixels")
-    p.add_argument("--length", type=int, default=8, help="T, symbols; a power of two")
-    count = {"type": data.image_count, "help": "at most so many, or all"}
-    p.add_argument("--train-images", default=20000, **count)
-    p.add_argument("--test-images", default=5000, **count)
-    p.add_argument("--seed", type=int, default=0, help="of the draws, and of the data, as train.py")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="for the networks; k-means and probes run on the CPU")
+def add_flags(add):
+    """The flags that every baseline shares with train.py; extras/vqvae.py has them too."""
+    add("--data", default="shapes", help="as in train.py")
+    add("--teacher", default="shapes", help="as in train.py")
+    add("--image-size", type=int, default=32, help="pixels")
+    add("--length", type=int, default=8, help="T, symbols per image, a power of two")
+    add("--train-images", type=data.image_count, default=20000, help="at most this many, or all")
+    add("--test-images", type=data.image_count, default=5000, help="at most this many, or all")
+    add("--seed", type=int, default=0, help="of the images drawn, as in train.py, and of the fit")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="of the networks; k-means, k-NN and probes run on the CPU")
+    add("--precision", choices=precision.NAMES, default="auto",
+        help="of the networks, as in train.py")
 
 
-def percentages(train_x, train_y, test_x, test_y, linear=True):
-    """The figures of evaluate.score as a flat row: k-NN (mean over k) and, unless there are so many
-    features that it takes minutes, the linear probe; top-1 and top-5 in %."""
+def accuracies(train_x, train_y, test_x, test_y, linear=True):
+    """Top-1 and top-5 in % of k-NN (mean over evaluate.py's k) and, where `linear`, of the linear
+    probe: {"knn_top1": ..., "knn_top5": ..., "linear_top1": ..., "linear_top5": ...}."""
     knn = evaluate.knn_accuracies(train_x, train_y, test_x, test_y).values()
     pairs = {"knn": [sum(column) / len(knn) for column in zip(*knn)]}
     if linear:
@@ -50,80 +63,122 @@ def percentages(train_x, train_y, test_x, test_y, linear=True):
     return {f"{name}_top{i}": pair[i > 1] for name, pair in pairs.items() for i in (1, 5)}
 
 
-def residual_kmeans(train, test, vocab, stages, iterations=25):
-    """train (n, d), test (m, d) -> for each number of stages 1 … stages: what is rebuilt of train
-    and of test, and the symbols of test (m, stages so far). Centres are fitted on train alone."""
-    left, sums = [train.clone(), test.clone()], [torch.zeros_like(train), torch.zeros_like(test)]
-    said = torch.empty(len(test), 0, dtype=torch.long)
-    for _ in range(stages):
-        centres = discretize.kmeans(left[0], vocab, iterations)
-        for i in range(2):
-            ids = torch.cdist(left[i], centres).argmin(1)
-            sums[i], left[i] = sums[i] + centres[ids], left[i] - centres[ids]
-        said = torch.cat([said, ids[:, None]], 1)               # the last of the two are test's
-        yield sums[0], sums[1], said
+def extend(residuals, codes, centroids, beam):
+    """One stage of beam search for each of n images. residuals (n, b, d) of its b codes so far,
+    codes (n, b, t), centroids (K, d) -> the same of the `beam` best of the b K codes of t + 1
+    symbols, or of all where they are fewer; best first."""
+    distance = torch.cdist(residuals.flatten(0, 1), centroids).unflatten(0, residuals.shape[:2])
+    best = distance.flatten(1)                                              # (n, b K)
+    best = best.topk(min(beam, best.shape[1]), largest=False).indices       # (n, beam)
+    parent, symbol = best // len(centroids), best % len(centroids)
+    image = torch.arange(len(best))[:, None]                                # (n, 1)
+    return (residuals[image, parent] - centroids[symbol],
+            torch.cat([codes[image, parent], symbol[..., None]], 2))
 
 
-def features(args, sets):
-    """Yields (name, train features, test features, symbols or None), the teacher first."""
-    teacher = model.build_teacher(args.teacher).to(args.device)
-    train, test = (cls_features(teacher, s.images, args.image_size) for s in sets)
-    yield "teacher", train, test, None
-    if args.space:
-        student = model.Student(teacher.width, None, None, 1, (1, 1), (1, 1), draft=False)
-        train_script.fit_teacher_statistics(teacher, student.to(args.device), None, sets[0], args)
-        student.cpu()
-        train, test = (student.space(x[:, None])[:, 0] for x in (train, test))
-        yield "whitened", train, test, None
-    for n, pair in enumerate(residual_kmeans(train, test, args.vocab, args.length), 1):
+def decode(codes, codebooks):
+    """codes (n, t) -> (n, d), the sums of their centroids. Equal codes give equal sums to the bit,
+    so k-NN sees their ties."""
+    return sum(centroids[ids] for centroids, ids in zip(codebooks, codes.T))
+
+
+def residual_kmeans(train, test, vocab, stages, beam=1):
+    """train (n, d), test (m, d) -> for 1, 2, ... `stages` symbols: (reconstruction of train, of
+    test, codes of test (m, symbols)). The centroids are fitted to train alone."""
+    parts = [(x[:, None], torch.empty(len(x), 1, 0, dtype=torch.long)) for x in (train, test)]
+    codebooks, points = [], max(len(train), POINTS_PER_CENTROID * vocab)
+    with Progress("residual k-means, stages", stages) as progress:
+        for _ in range(stages):
+            residuals = parts[0][0].flatten(0, 1)                           # (n b, d)
+            if len(residuals) > points:
+                residuals = residuals[torch.randperm(len(residuals))[:points]]
+            codebooks.append(stable.kmeans(residuals, vocab))
+            for i, part in enumerate(parts):
+                chunks = [extend(*chunk, codebooks[-1], beam)
+                          for chunk in zip(*(x.split(CHUNK) for x in part))]
+                parts[i] = [torch.cat(x) for x in zip(*chunks)]
+            progress.update()
+            best = [codes[:, 0] for _, codes in parts]
+            yield decode(best[0], codebooks), decode(best[1], codebooks), best[1]
+
+
+def cls_features(args, sets):
+    """The CLS of both sets: {"teacher": (train, test)}, raw, and with --checkpoint also
+    "teacher_space", as in evaluate.py's results."""
+    if not args.checkpoint:
+        teacher = teachers.load_teacher(args.teacher).to(args.device)
+        return {"teacher": [features(teacher, s, args) for s in sets]}
+    _, teacher, student = checkpoint.load_model(args.checkpoint, args.device)
+
+    def both(z_t):                                                          # -> (B, 2, d)
+        return torch.stack([z_t[:, 0].float(), student.preprocess(z_t)[:, 0].float()], 1)
+    cls = [features(teacher, s, args, both) for s in sets]
+    return {name: [x[:, i] for x in cls] for i, name in enumerate(("teacher", "teacher_space"))}
+
+
+def score(args, sets):
+    """{"teacher", "teacher_space" or a number of symbols: its figures}."""
+    labels, inputs = [s.labels for s in sets], cls_features(args, sets)
+    codes, stages = {}, residual_kmeans(*[*inputs.values()][-1], args.vocab, args.length, args.beam)
+    for n, (train, test, ids) in enumerate(stages, 1):
         if n & (n - 1) == 0:                                    # the student's prefixes
-            yield str(n), *pair
+            inputs[str(n)], codes[str(n)] = (train, test), ids
+    figures = {}
+    with Progress("k-NN and linear probe, rows", len(inputs)) as progress:
+        for name, (train, test) in inputs.items():
+            figures[name] = accuracies(train, labels[0], test, labels[1])
+            progress.update()
+    for name, row in figures.items():
+        row["retention_raw"] = row["knn_top1"] / figures["teacher"]["knn_top1"]
+        if args.checkpoint:
+            row["retention_space"] = row["knn_top1"] / figures["teacher_space"]["knn_top1"]
+        if name in codes:
+            row["perplexity"] = evaluate.code_figures(codes[name], args.vocab)["perplexity"]
+    return figures
 
 
 def run(args):
+    check_folder(args.json)
+    if args.length < 1 or args.beam < 1 or args.vocab < 2:
+        raise ValueError("--length and --beam must be at least 1, --vocab at least 2")
+    args.precision = precision.resolve(args.device, args.precision)
     start = time.time()
     torch.manual_seed(args.seed)
-    sets = evaluate.load_splits(vars(args))
-    labels = [s.labels for s in sets]
-    pixels = [data.normalize(s.images, args.image_size).flatten(1) for s in sets]
-    figures = {"pixels": percentages(pixels[0], labels[0], pixels[1], labels[1], linear=False)}
-    for name, a, b, said in features(args, sets):
-        figures[name] = percentages(a, labels[0], b, labels[1])
-        if said is not None:
-            figures[name]["perplexity"] = evaluate.code_figures(said, args.vocab)["perplexity"]
+    figures = score(args, evaluate.load_splits(vars(args)))
     for name, row in figures.items():
-        row["retention"] = row["knn_top1"] / figures["teacher"]["knn_top1"]
-        print(f"{name:8}", *(f"{key} {value:.{3 if key == 'retention' else 2}f}"
+        print(f"{name:13}", *(f"{key} {value:.{3 if 'retention' in key else 2}f}"
                              for key, value in row.items() if key != "perplexity"))
     if args.json:
-        facts = {"config": {k: str(v) for k, v in vars(args).items()},
-                 "machine": train_script.machine(args.device),
-                 "seconds": round(time.time() - start, 1)}
-        checkpoint.write(args.json, lambda part: part.write_text(
-            json.dumps(facts | figures, indent=1) + "\n"))
+        checkpoint.write_json(args.json, {
+            "config": checkpoint.config_of(args), "hardware": precision.hardware_info(args.device),
+            "seconds": round(time.time() - start, 1)} | figures)
 
 
 def parse(argv=None):
+    """The flags. With --checkpoint, the defaults of those that the run has too are the run's."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(p)
-    p.add_argument("--vocab", type=int, default=128, help="K, symbols")
-    p.add_argument("--space", action="store_true",
-                   help="on the CLS as the student sees it, whitened")
-    p.add_argument("--rounds", type=int, default=3, help="of --space, as in train.py")
-    p.add_argument("--json", type=Path, help="also write the figures there")
-    defaults = vars(train_script.parse([]))                 # what train.py's fit of the space reads
-    p.set_defaults(**{name: defaults[name] for name in (
-        "batch_size", "neighbours", "directions", "mirror")})
+    add_flags(p.add_argument)
+    add = p.add_argument
+    add("--vocab", type=int, default=128, help="K, centroids of each stage")
+    add("--checkpoint", type=Path,
+        help="RUN/ckpt.pt of train.py: quantise the CLS in that student's space. Images, teacher, "
+             "length and vocabulary are then those of the run where no flag sets them")
+    add("--beam", type=int, default=1,
+        help="codes that are kept for each image at every stage; 1 is greedy, faiss's default is 5")
+    add("--json", type=Path, help="also write the figures there")
+    path = p.parse_known_args(argv)[0].checkpoint
+    if path:
+        config, _, _ = checkpoint.load_model(path)
+        p.set_defaults(**{name: config[name] for name in (
+            "data", "teacher", "image_size", "length", "train_images", "test_images", "seed",
+            "precision", "vocab")})
     return p.parse_args(argv)
 
 
 def main():
-    args = parse()
     try:
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
-        run(args)
+        run(parse())
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.baselines: {error}") from None
 

@@ -1,63 +1,92 @@
-"""What a teacher's CLS keeps of each factor of `shapes`, or of classes: linear probe and k-NN.
+"""What a teacher's CLS tells of each factor of `shapes`, or of the classes: linear probe and k-NN.
 
     python -m extras.probe_teacher shapes --json results/teacher-shapes/probe.json
     python -m extras.probe_teacher cifar10 --data folder:cifar10 --json FILE
 
-Chance is 1 / number of values. The train split fits the probe and is the k-NN's gallery;
-the test split asks.
+A linear probe per factor (top-1 in %), as Alain and Bengio (2017); chance is 1 / number of values.
+The train split fits the probe and is the gallery of k-NN, the test split holds the queries.
 """
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
+import checkpoint
 import data
 import evaluate
-import model
+import precision
+import teachers
+from progress import Progress
 
 
 @torch.no_grad()
-def cls_features(teacher, images, size, batch_size=250):
-    """The CLS of uint8 pictures (n, 3, H, W), made on the teacher's device: (n, d) on the CPU."""
-    device = next(teacher.parameters()).device
-    with evaluate.autocast(device):
-        return torch.cat([teacher(data.normalize(x.to(device), size))[:, 0].float().cpu()
-                          for x in images.split(batch_size)])
+def features(teacher, images, args, select=lambda z_t: z_t[:, 0], batch_size=250):
+    """An ImageSet of n images -> what `select` takes of their tokens z_t (B, N+1, d), for all
+    (n, ...), float32 in main memory; by default the CLS. args: image_size, device, precision."""
+    out, index_batches = [], torch.arange(len(images)).split(batch_size)
+    with Progress("teacher's tokens, images", len(images)) as progress:
+        for z_t in evaluate.teacher_tokens(teacher, images, index_batches, args.image_size,
+                                           args.device, args.precision):
+            out.append(select(z_t).float().cpu())
+            progress.update(len(z_t))
+    return torch.cat(out)
+
+
+def check_folder(path):
+    """Raises FileNotFoundError where a file cannot be written later; path: a Path or None."""
+    if path and not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {path}: its folder does not exist; make it first")
+
+
+def probe(train, test, sets):
+    """Features (n, d) and (m, d) of the two sets -> {factor: figures in %}."""
+    figures = {}
+    factors = sets[0].factors or {"class": sets[0].labels}
+    with Progress("linear probes, factors", len(factors)) as progress:
+        for name in factors:
+            labels = [s.factors.get(name, s.labels) for s in sets]
+            scores = evaluate.linear_probe(train, labels[0], test, labels[1])
+            row = {"chance": 100 / (1 + labels[0].max().item()), "linear_top1": scores[0]}
+            if name in ("shape", "class"):
+                knn = evaluate.knn_accuracies(train, labels[0], test, labels[1])
+                row |= {f"knn_top1_k{k}": top1 for k, (top1, _) in knn.items()}
+            figures[name] = row
+            progress.update()
+    return figures
 
 
 def run(args):
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
-    data.check_labels(args.data)
-    teacher = model.build_teacher(args.teacher)
-    sets = [data.load(args.data, split, 32, n) for split, n in
-            (("train", args.train_images), ("test", args.test_images))]
-    train, test = (cls_features(teacher, s.images, 32) for s in sets)
-    figures, factors = {}, data.FACTORS if args.data == "shapes" else {"class": sets[0].classes}
-    for name, values in factors.items():
-        labels = [s.factors[name] if args.data == "shapes" else s.labels for s in sets]
-        figures[name] = {"chance": 100 / len(values),
-                         "linear_top1": evaluate.linear_probe(train, labels[0], test, labels[1])[0]}
-        if name in ("shape", "class"):
-            knn = evaluate.knn_accuracies(train, labels[0], test, labels[1])
-            figures[name] |= {f"knn_top1_k{k}": top1 for k, (top1, _) in knn.items()}
-        scores = "".join(f"  {key} {value:.2f}" for key, value in figures[name].items())
-        print(f"{name:8}{scores}", flush=True)
+    check_folder(args.json)
+    teacher = teachers.load_teacher(args.teacher).to(args.device)
+    args.image_size, args.seed = teacher.image_size, 0
+    sets = evaluate.load_splits(vars(args))
+    figures = probe(*(features(teacher, s, args) for s in sets), sets)
+    for name, row in figures.items():
+        print(f"{name:8}" + "".join(f"  {key} {value:.2f}" for key, value in row.items()))
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        checkpoint.write_json(args.json, figures)
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("teacher", help="a name in weights/ or a file of extras.pretrain")
+    add("--data", default="shapes", help="as in train.py")
+    add("--train-images", type=data.image_count, help="at most this many; default all")
+    add("--test-images", type=data.image_count, help="at most this many; default all")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="of the teacher; the probes run on the CPU")
+    add("--precision", choices=precision.NAMES, default="auto",
+        help="of the teacher, as in train.py")
+    add("--json", type=Path, help="also write the figures there")
+    return p.parse_args(argv)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("teacher", help="a name in weights/ or a file of extras.pretrain")
-    p.add_argument("--data", default="shapes", help="as in train.py")
-    p.add_argument("--train-images", type=data.image_count, help="default: all")
-    p.add_argument("--test-images", type=data.image_count, help="default: all")
-    p.add_argument("--json", type=Path, help="also write the figures there")
+    args = parse()
     try:
-        run(p.parse_args())
+        run(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.probe_teacher: {error}") from None
 

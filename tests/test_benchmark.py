@@ -1,5 +1,5 @@
-"""extras/benchmark.py: the plain version, a second writing of the step, gives the same loss and
-gradients; FLOPs by hand; planted times and exponents. (Times themselves are the machine's.)"""
+"""extras/benchmark.py: the naive baseline, a second writing of the step, gives the same loss and
+gradients; FLOPs by hand; planted times. (Times themselves are the machine's.)"""
 import copy
 import json
 import sys
@@ -8,105 +8,94 @@ import pytest
 import torch
 
 import data
+import flags
 import model
+import teachers
+import tokens
 import train
 from extras import benchmark
 
 B, V, SIDE = 6, 2, 8
+TINY = """--batch-size 6 --views 2 --cache-views 0 --image-size 8 --vocab 8 --prototypes 16 --hidden 32
+    --descriptor 2x4 --interpreter 2x4 --device cpu --precision float32""".split()
 
 
-def loss_and_gradients(trainer, patches, monkeypatch, views):
-    """Of one train.forward in float32: {name: gradient}, and what BatchNorm remembers after it."""
-    student = trainer.student.train()
+@pytest.fixture
+def words(tmp_path):
+    """The flags of train.py for networks of a second: one block of width 64, N = 4 patches."""
+    torch.save(teachers.small_vit(SIDE, 4, 64, 1, 1).vit.state_dict(), tmp_path / "teacher.pt")
+    return [*TINY, "--teacher", str(tmp_path / "teacher.pt")]
+
+
+def loss_and_gradients(trainer, patches, views):
+    """Of one train.training_step: the loss, {name: gradient}, BatchNorm's statistics after it."""
+    student, args = trainer.student, trainer.args
     before = copy.deepcopy(student.state_dict())
     student.zero_grad()
     torch.manual_seed(1)                                                        # Gumbel's noise
-    with benchmark.under(patches), monkeypatch.context() as patch:
-        patch.setattr(data, "augmentation", lambda name, size: lambda images, n, *_: views[:n])
-        loss, _ = train.forward(trainer.teacher, student, trainer.head, trainer.softmax,
-                                trainer.images[:B], 0.1, trainer.args)
+    with benchmark.patched(patches):
+        with torch.no_grad():
+            z_t = trainer.teacher(views.flatten(0, 1))
+        loss, _ = train.training_step(student, trainer.centering, student.preprocess(z_t), 0.1,
+                                      args)
     loss.backward()
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    moved = {name: x.clone() for name, x in student.state_dict().items() if "running" in name}
+    statistics = {name: x.clone() for name, x in student.state_dict().items() if "running" in name}
     student.load_state_dict(before)
-    trainer.student.disc.seen = []                                              # vq's, of this call
-    return loss.detach(), gradients, moved
+    return loss.detach(), gradients, statistics
 
 
-@pytest.mark.parametrize("flags", [
-    ("--disc", "softmax"), ("--disc", "softmax", "--no-straight-through", "--tau", "0.5"),
-    ("--disc", "gumbel"), ("--disc", "vq", "--vq-update", "gradient", "--explore", "combined"),
-    ("--no-draft", "--regression", "0", "--prototype-source", "ema"),
-    ("--local-axes", "20", "--directions", "9")],
-    ids=["softmax", "soft", "gumbel", "vq", "paper", "local axes"])
-def test_plain_and_fast_agree_in_loss_and_gradients(tiny_trainer, monkeypatch, flags):
-    trainer = tiny_trainer("--descriptor-depth", "2", "--interpreter-depth", "2", *flags)
-    for name, p in trainer.student.named_parameters():                          # no bias stays 0
-        p.data.add_(0.1 * torch.randn_like(p) if p.ndim == 1 else 0)
+@pytest.mark.parametrize("extra", [
+    ["--disc", "softmax"], ["--disc", "gumbel", "--no-straight-through"],
+    ["--disc", "vq", "--explore", "combined"], ["--recipe", "paper"],
+    ["--recipe", "paper", "--disc", "vq"]], ids=" ".join)
+def test_naive_and_fast_agree_in_loss_and_gradients(words, extra):
+    trainer = benchmark.build(flags.parse([*words, *extra]))
+    for p in trainer.student.parameters():          # what starts at 0 would hide errors behind it
+        p.data.add_(0.1 * torch.randn_like(p) if p.ndim == 1 or not p.any() else 0)
     views = torch.randn(V, B, 3, SIDE, SIDE)
-    loss, fast, moved = loss_and_gradients(trainer, [], monkeypatch, views)
-    patches = benchmark.plain_parts(trainer)
-    plain_loss, plain, plain_moved = loss_and_gradients(trainer, patches, monkeypatch, views)
-    assert abs(loss - plain_loss) < 1e-4 * abs(plain_loss)
-    assert fast.keys() == plain.keys() and len(fast) > 50
-    whole = torch.stack([g.norm() for g in plain.values()]).norm()
-    assert whole > 1e-3
-    for name in plain:                              # 1e-6: the keys' biases, whose gradient is 0
-        assert (fast[name] - plain[name]).norm() <= 1e-4 * plain[name].norm() + 1e-6 * whole, name
-    assert moved.keys() == plain_moved.keys()       # the statistics saw each position once
-    assert all(torch.allclose(moved[k], plain_moved[k], atol=1e-5, rtol=1e-4) for k in moved)
+    loss, fast, statistics = loss_and_gradients(trainer, [], views)
+    trainer.centering.center.zero_()                                # the first call has moved it
+    naive_loss, naive, naive_statistics = loss_and_gradients(
+        trainer, benchmark.naive_patches(trainer), views)
+    assert abs(loss - naive_loss) < 1e-4 * abs(naive_loss)
+    assert fast.keys() == naive.keys() and len(fast) > 50
+    total = torch.stack([g.norm() for g in naive.values()]).norm()
+    assert total > 1e-3
+    for name in naive:                              # 1e-6: the keys' biases, whose gradient is 0
+        assert (fast[name] - naive[name]).norm() <= 1e-4 * naive[name].norm() + 1e-6 * total, name
+    assert statistics.keys() == naive_statistics.keys()     # they saw each position once
+    assert all(torch.allclose(x, naive_statistics[k], atol=1e-5, rtol=1e-4)
+               for k, x in statistics.items())
 
 
-def test_a_plain_step_calls_nothing_fast_and_leaves_no_trace(tiny_trainer, monkeypatch):
-    trainer = tiny_trainer()
+def test_a_naive_step_calls_nothing_fast_and_leaves_no_trace(words, monkeypatch):
+    trainer = benchmark.build(flags.parse([*words, "--views", "1", "--cache-views", "1"]))
     attributes, optimizer = dict(vars(trainer.teacher)), trainer.optimizer
     before = copy.deepcopy(trainer.student.state_dict())
-    with monkeypatch.context() as patch, benchmark.under(benchmark.plain_parts(trainer)):
-        for owner in (model.Teacher, model.Descriptor, model.Interpreter):
-            patch.setattr(owner, "forward", None)                               # a call: TypeError
-        patch.setattr(data.Augment, "__call__", None)
-        patch.setattr(model, "attend", None)
-        trainer.step(trainer.images[:16], 0)
-    assert vars(trainer.teacher).keys() == attributes.keys() and trainer.optimizer is optimizer
-    assert "describe" not in vars(trainer.student)
-    assert isinstance(data.augmentation("shapes", 8), data.Augment)
+    with monkeypatch.context() as patch, benchmark.patched(benchmark.naive_patches(trainer)):
+        for owner, name in ((teachers.Teacher, "forward"), (model.Descriptor, "step"),
+                            (model.Interpreter, "forward"), (tokens.TrainingTokens, "batches")):
+            patch.setattr(owner, name, None)                                # a call: TypeError
+        benchmark.full_step(trainer)
+    assert vars(trainer.teacher).keys() == attributes.keys()
+    assert trainer.optimizer is optimizer and "batches" not in vars(trainer.tokens)
+    assert "step" not in vars(trainer.student.descriptor)
     now = trainer.student.state_dict()
     assert not torch.equal(now["descriptor.start"], before["descriptor.start"])     # it was a step
 
 
-def test_plain_views_of_a_recipe_without_chance():
-    """A crop of everything and a certain flip, then everything solarised: known pixel by pixel."""
-    images = torch.randint(256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
-    recipe = data.Augment(crop=(1, 1), flip=1, jitter=0, grey=0, blur=0, solarise=1)
-    views = benchmark.plain_augment(recipe, images, 2, SIDE)
-    inverted = torch.where(images >= 128, 255 - images, images)
-    expected = data.normalize(inverted.flip(-1))
-    assert views.shape == (2, 3, 3, SIDE, SIDE)
-    assert torch.allclose(views, expected.expand_as(views), atol=1e-5)
-
-
-def test_flops_by_hand(tiny_trainer):
-    trainer = tiny_trainer("--prototypes", "16")
-    d, heads, tokens, length, vocab, student = 64, 4, 5, 8, 8, trainer.student
-    views = torch.randn(B, 3, SIDE, SIDE)
-    z_t = trainer.teacher(views)
-    said = student.describe(z_t)
-    # multiply-adds of a picture: linear layers, then what attention asks and answers
+def test_flops_by_hand(words):
+    """Teacher and interpreter; d = 64, 4 patches of 4 x 4 pixels, prefixes of 1, 2, 4, 8."""
+    trainer = benchmark.build(flags.parse([*words, "--interpreter", "1x4"]))
+    d, tokens, rows = 64, 5, 2 + 3 + 5 + 9
     teacher = 4 * (3 * 4 * 4) * d + tokens * 12 * d**2 + 2 * tokens**2 * d
-    position = (4 + 4 + 8) * d**2                          # self-attention, look (each W once), MLP
-    look = 2 * heads * (tokens - 1) * d                     # scores, the mean of the patches
-    say = 2 * vocab * d + 2 * d**2 + vocab * d              # bids, embedding; gist, show; the draft
-    past = sum(2 * (t + 1) * d for t in range(length))
-    descriptor = d**2 + length * (position + look + say) + past
-    rows = 2 + 3 + 5 + 9                                    # each prefix and its CLS, side by side
     # its one block is the last: keys and values of all rows, the rest for the 4 CLS
     interpreter = rows * 2 * d**2 + 4 * 10 * d**2 + 2 * 4 * rows * d + 4 * d**2
-    projector = 4 * 16 * d
-    for mac, function, inputs in (
-            (teacher, trainer.teacher, (views,)), (descriptor, student.describe, (z_t,)),
-            (interpreter, student.interpret, (said.embeddings, said.drafts)),
-            (projector, student.projector, (said.drafts[:, :4],))):
-        assert benchmark.count_flops(function, *inputs) == 2 * B * mac
+    for multiply_adds, function, inputs in (
+            (teacher, trainer.teacher, torch.randn(B, 3, SIDE, SIDE)),
+            (interpreter, trainer.student.interpret, torch.randn(B, 8, d))):
+        assert benchmark.count_flops(function, inputs) == 2 * B * multiply_adds
 
 
 def test_backward_is_counted():
@@ -115,7 +104,7 @@ def test_backward_is_counted():
     assert benchmark.count_flops(lambda: (a @ b.detach()).sum().backward()) == 2 * 2 * 3 * 5 * 7
 
 
-def test_the_clock_gives_each_part_its_own_time():
+def test_each_part_has_its_own_time(monkeypatch):
     class Work:
         def outer(self, x):
             return self.inner(x) + 1
@@ -123,68 +112,66 @@ def test_the_clock_gives_each_part_its_own_time():
         def inner(self, x):
             return 2 * x
 
-    work, clock = Work(), benchmark.Clock("cpu")
-    clock.read = iter([0, 3, 5, 10, 20, 24]).__next__
-    with benchmark.under([clock.wrap(work, "outer", "out"), clock.wrap(work, "inner", "in")]):
+    times = iter([0, 3, 5, 10, 20, 24])
+    monkeypatch.setattr(benchmark, "now", lambda device: next(times))
+    work, watch = Work(), benchmark.Stopwatch("cpu")
+    with benchmark.patched([watch.wrap(work, "outer", "out"), watch.wrap(work, "inner", "in")]):
         assert work.outer(4) == 9                                   # 0 to 10, and inside it 3 to 5
         assert work.inner(1) == 2                                   # 20 to 24
-    assert clock.seconds == {"out": 8, "in": 6} and vars(work) == {}
+    assert watch.seconds == {"out": 8, "in": 6} and vars(work) == {}
 
 
-def test_a_planted_exponent():
-    assert benchmark.exponent([2, 4, 8], [3 * v**1.7 for v in (2, 4, 8)]) == pytest.approx(1.7)
-    assert benchmark.exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
+def test_the_large_product_is_in_the_precision_of_training(monkeypatch):
+    dtypes, product = [], torch.matmul
+    monkeypatch.setitem(benchmark.PRODUCT_SIDE, "cpu", 16)
+    monkeypatch.setattr(torch, "matmul", lambda a, b: dtypes.append(a.dtype) or product(a, b))
+    assert benchmark.product_rate("cpu", "float32") > 0
+    assert benchmark.product_rate("cpu", "bfloat16") > 0
+    assert dtypes == 2 * [torch.float32] + 2 * [torch.bfloat16]
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
-def call(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
     benchmark.main()
 
 
-def test_the_command_writes_what_it_prints(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(benchmark.SIZES, "small", " ".join(tiny()))
-    path = tmp_path / "new" / "figures.json"
-    flags = "--steps 1 --views 4 --growth --device cpu --json".split()
-    call(monkeypatch, *flags, str(path))
-    r = json.loads(path.read_text())
+def test_the_command_writes_what_it_prints(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(benchmark.PRODUCT_SIDE, "cpu", 64)
+    call(monkeypatch, *words, "--steps", "1", "--json", str(tmp_path / "figures.json"))
+    r = json.loads((tmp_path / "figures.json").read_text())
     assert list(r) == [
-        "size", "device", "images_per_s", "plain_images_per_s", "speedup", "gemm_fraction",
-        "gflop_per_image", "gemm_tflops", "peak_memory_mb", "parts", "config", "growth"]
+        "size", "device", "images_per_s", "naive_images_per_s", "speedup", "gemm_fraction",
+        "gflop_per_image", "gemm_tflops", "peak_memory_mb", "parts", "hardware", "config"]
     assert list(r["parts"]) == ["augmentation", "teacher", "descriptor", "interpreter + projector",
-                                "loss", "backward", "optimiser"]
+                                "loss", "backward", "optimizer"]
     assert sum(row["share"] for row in r["parts"].values()) == pytest.approx(1)
     assert all(row["seconds"] > 0 for row in r["parts"].values())
-    assert r["speedup"] == pytest.approx(r["images_per_s"] / r["plain_images_per_s"])
+    assert r["speedup"] == pytest.approx(r["images_per_s"] / r["naive_images_per_s"])
     achieved = r["gflop_per_image"] * r["images_per_s"] / 1e3                   # TFLOP/s
     assert r["gemm_fraction"] == pytest.approx(achieved / r["gemm_tflops"])
-    assert (r["config"]["views"], r["config"]["batch_size"], r["config"]["vocab"]) == (4, 16, 8)
-    assert 100 < r["peak_memory_mb"] < 1e5
-    assert {k: row["values"] for k, row in r["growth"].items()} == {
-        "batch_size": [8, 16, 32], "length": [4, 8, 16], "vocab": [4, 8, 16], "views": [2, 4, 8]}
-    printed = capsys.readouterr().out
-    assert f"{r['speedup']:.2f} times as fast" in printed
-    assert f"time ~ length^{r['growth']['length']['exponent']:.2f}" in printed
+    assert (r["config"]["views"], r["config"]["batch_size"], r["config"]["vocab"]) == (2, 6, 8)
+    assert r["config"]["precision"] == "float32" and 100 < r["peak_memory_mb"] < 1e5
+    assert f"{r['speedup']:.2f} times as fast" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, words", [
+@pytest.mark.parametrize("extra, message", [
     (("--steps", "0"), "--steps must be 1 or more"),
     (("--batch-size", "0"), "--batch-size must be above 0"),
     (("--views", "0"), "--views must be above 0"), (("--device", "nonsense"), "use --device cpu"),
-    (("--clock", "cpu", "--device", "cuda"), "--clock cpu needs --device cpu and one thread")])
-def test_flags_that_cannot_be_measured(monkeypatch, flags, words):
-    with pytest.raises(SystemExit, match=words):
-        call(monkeypatch, *flags)
+    (("--json", "no/such/x.json"), "does not exist"),
+    (("--precision", "float16"), "float16 is for GPUs")])
+def test_flags_that_cannot_be_measured(words, monkeypatch, extra, message):
+    with pytest.raises(SystemExit, match=message):
+        call(monkeypatch, *words, *extra)
 
 
-@pytest.mark.parametrize("size", benchmark.SIZES)
-def test_sizes_are_commands_that_train_accepts(size):
-    args = train.parse(benchmark.SIZES[size].split())
-    train.check(args)
-    assert args.views == 4 and args.length == 8
-    if size == "cifar10":
-        assert (args.descriptor_depth, args.interpreter_depth) == (4, 4)
-        assert (args.vocab, args.batch_size, args.image_size) == (256, 256, 32)
+@pytest.mark.parametrize("size", flags.SIZES)
+def test_sizes_are_those_of_train(size):
+    _, args = benchmark.parse(["--size", size, "--device", "cpu"])
+    flags.check(args)
+    assert args.size == size and args.length == 8
     if size == "paper":
-        assert (args.image_size, args.vocab, args.random_teacher) == (224, 512, True)
+        assert (args.image_size, args.vocab, args.batch_size) == (224, 512, 8)
+        assert args.teacher == "random:dino_vitb16"
