@@ -79,7 +79,7 @@ def save(path, state):
 
 def load(path):
     """The checkpoint, a dictionary. Where it is missing or damaged: the previous one, which takes
-    its place, and a line tells so. Raises FileNotFoundError or ValueError when neither is intact."""
+    its place, and a line is printed. Raises FileNotFoundError or ValueError when neither is intact."""
     try:
         if path.exists() and not is_valid(path):
             raise ValueError(f"{path} is damaged")

@@ -90,7 +90,7 @@ def decode(path, side):
 
 
 def read_image(path, side):
-    """`decode` as a tensor (3, side, side) uint8; says once per run if an image was stretched."""
+    """`decode` as a tensor (3, side, side) uint8; prints once per run that an image was stretched."""
     pixels, stretched = decode(path, side)
     if stretched:
         say_once(STRETCHED)
@@ -139,7 +139,7 @@ class ImageFiles:
 
     A file that cannot be read is named once on stderr, and the next readable file takes its place:
     the next of its class while there is one, so that the label holds. `unreadable` has the names
-    that were told, and `broken` those that this process or worker failed to read.
+    that were printed, and `broken` those that this process or worker failed to read.
     """
 
     def __init__(self, root, names, labels, side, unreadable=None):

@@ -4,7 +4,7 @@
 
 On a GPU that has bfloat16 it is bfloat16, on an older one float16 (with a gradient scaler). On a
 CPU it depends: with AVX-512-BF16 or AMX bfloat16 is several times faster than float32, without them
-it is about a hundred times slower (PyTorch issues 118499, 86270). No flag of the processor tells,
+it is about a hundred times slower (PyTorch issues 118499, 86270). No flag of the processor shows it,
 so two small products are timed, once per process.
 """
 import functools

@@ -35,7 +35,7 @@ class Progress:
         return self
 
     def update(self, count=1, note=None):
-        """`count` more are done; note: returns what else to print in the line (the loss, say)."""
+        """`count` more are done; note: returns what else to print in the line (for instance the loss)."""
         self.done += count
         now, terminal = time.monotonic(), sys.stdout.isatty()
         pause = TERMINAL_SECONDS if terminal else FILE_SECONDS

@@ -8,9 +8,9 @@ keep the symbols from collapsing. Everything in this project that is not the pap
    the patch tokens (`cls_pred`), and the discretizer chooses the codeword e_t for what the earlier
    codewords leave of it. Each position has a discretizer of its own, of any kind.
 2. Their codebooks start at residual k-means of the CLS tokens and then learn by gradient.
-3. The CLS is whitened (`fit_whitening`), so that no symbol is spent on what neighbours do not share.
-4. P_S = P_T = k-means prototypes of the CLS that stay: an EMA of P_S forgets what the student does
-   not express yet, so the target gets easy instead of the student good.
+3. The CLS is whitened (`fit_space`), so that no symbol encodes what neighbours do not share.
+4. P_S = P_T = k-means prototypes of the CLS that stay: an EMA of P_S loses what the student does
+   not express yet, so that the target becomes easy and the student no better.
 5. Feature regression: z_s and cls_pred must equal the CLS itself, by squared error.
 
 Each is an ablation row of RESULTS.md.
@@ -140,7 +140,7 @@ class StableStudent(Student):
         add("--codebook-lr", type=float, default=0.1,
             help="learning rate of codebooks that k-means started, as a share of --lr; 0: fixed")
         add("--neighbours", type=int, default=50,
-            help="whiten by what tells an image from this many nearest ones; 0: off")
+            help="whiten by the differences between an image and the mean of this many nearest ones; 0: off")
         add("--iterations", type=int, default=3,
             help="of that, with neighbours in the space of the iteration before; 1 where the "
                  "nearest are often of another class")
@@ -173,7 +173,7 @@ class StableStudent(Student):
 
     @staticmethod
     def unit(y):
-        """L2-normalised to mean square 1: k-NN compares directions, so no symbol tells a length."""
+        """L2-normalised to mean square 1: k-NN compares directions, so no symbol needs to encode a length."""
         return F.normalize(y, dim=-1) * y.shape[-1] ** 0.5
 
     def interpret(self, embeddings):

@@ -20,7 +20,7 @@ be timm's vit_*_dino or MAE's encoder without its decoder, which differ at other
 MoCo v3's without its prefix, whose small model also has other heads.
 
 Heads have 64 channels (ViT-H of width 1280: 80), except in MoCo v3, which has 12 heads, and where
-Hugging Face's config.json beside the file tells their number. That also tells the epsilon of
+Hugging Face's config.json beside the file gives their number. That also gives the epsilon of
 LayerNorm; without it, it is 1e-12 in Hugging Face's ViT and 1e-6 everywhere else. Not supported:
 SwiGLU (DINOv2 giant), a stem of MoCo v3, distillation tokens, patches that form no square. All get
 images of ImageNet's statistics (data.normalize), which a few of Hugging Face's and timm's were not
@@ -79,7 +79,7 @@ class Teacher(nn.Module):
         self.interpolate_antialias = interpolate_antialias
 
     def get_extra_state(self):
-        """What the shapes of the weights do not tell. state_dict() holds it as `_extra_state`, so
+        """What the shapes of the weights do not determine. state_dict() holds it as `_extra_state`, so
         a checkpoint builds the same teacher again (teachers.teacher_from_state)."""
         block = self.vit.encoder.layers[0]
         return {"heads": block.self_attention.num_heads, "eps": block.ln_1.eps,
