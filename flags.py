@@ -69,7 +69,8 @@ def network_flags(add):
     add("--prototypes", type=int, default=1024,
         help="P, outputs of the projector; more for more varied data")
     add("--hidden", type=int, default=512,
-        help="width of the projector's MLP; its bottleneck is an eighth of it (DINO: 2048, 256)")
+        help="recipe paper: width of the projector's MLP; its bottleneck is an eighth of it (DINO: "
+             "2048, 256)")
 
 
 def discretizer_flags(add):
@@ -91,7 +92,7 @@ def discretizer_flags(add):
 
 
 def loss_flags(add):
-    add("--ema", type=float, default=0.996, help="momentum of P_T, to 1 by a cosine")
+    add("--ema", type=float, default=0.996, help="recipe paper: momentum of P_T, to 1 by a cosine")
     add("--lam", type=float, default=1.0,
         help="lambda: < 1 favours short prefixes, 1 treats all alike, > 1 the full sequence")
     add("--pairing", choices=["same", "cross"], default="same",
@@ -162,11 +163,18 @@ def check(args):
     if args.length < 1 or args.length & (args.length - 1):
         raise ValueError("--length must be a power of two (prefixes of 1, 2, 4, ...), "
                          f"not {args.length}")
-    if not args.knn_every >= 0:
-        raise ValueError(f"--knn-every must not be below 0, and is {args.knn_every}")
+    for name in ("knn_every", "cache_views", "regression", "codebook_lr", "neighbours",
+                 "iterations", "components"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be below 0, and is "
+                             f"{getattr(args, name)}")
+    if args.disc == "vq" and args.explore in ("info", "combined"):
+        raise ValueError(f"--explore {args.explore} does nothing with --disc vq, whose weights have "
+                         "no gradient; use softmax or gumbel, or --explore entropy")
     distributed.check_batch_size(args.batch_size)
     if args.cache_views and args.cache_views < args.views:
-        raise ValueError(f"--cache-views {args.cache_views} are too few for --views {args.views}")
+        raise ValueError(f"--cache-views {args.cache_views} are too few for --views {args.views}; "
+                         "0 makes new views in every step")
     try:
         torch.empty(0, device=args.device)
     except Exception as error:             # no driver, no such GPU, no such word: each another kind

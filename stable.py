@@ -140,7 +140,8 @@ class StableStudent(Student):
         add("--codebook-lr", type=float, default=0.1,
             help="learning rate of codebooks that k-means started, as a share of --lr; 0: fixed")
         add("--neighbours", type=int, default=50,
-            help="whiten by the differences between an image and the mean of this many nearest ones; 0: off")
+            help="whiten by the difference between an image and the mean of this many nearest "
+                 "ones; 0: off")
         add("--iterations", type=int, default=3,
             help="of that, with neighbours in the space of the iteration before; 1 where the "
                  "nearest are often of another class")
