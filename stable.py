@@ -118,8 +118,10 @@ class StableDescriptor(Descriptor):
         for t in range(self.length):
             cls_pred = self.cls_head(self.step(x, t, state)).float()
             q = disc[t](cls_pred - codewords, hard)                         # h_t
-            codewords = codewords + q.embedding
-            x = q.embedding
+            # As in residual VQ, no gradient from later positions: vq's straight-through copy makes
+            # it grow with each of them, and its loss diverges
+            x = q.embedding.detach()
+            codewords = codewords + x
             quantized.append(q)
             cls_preds.append(cls_pred)
         maps = self.attention_maps(state) if attention else None
