@@ -79,7 +79,7 @@ def save(path, state):
 
 def load(path):
     """The checkpoint, a dictionary. Where it is missing or damaged: the previous one, which takes
-    its place, and a line is printed. Raises FileNotFoundError or ValueError when neither is intact."""
+    its place, and a line is printed. Raises FileNotFoundError or ValueError if none is intact."""
     try:
         if path.exists() and not is_valid(path):
             raise ValueError(f"{path} is damaged")
@@ -112,7 +112,7 @@ def config_of(args):
 
 
 def open_run(args):
-    """Sets args.out; returns the state to resume from, or None. ValueError rather than overwrite."""
+    """Sets args.out -> the state to resume from, or None. Raises ValueError, never overwrites."""
     name = "-".join([args.data.replace(":", "-").replace("/", "-"), args.recipe, args.disc,
                      str(args.vocab), f"s{args.seed}"])
     out, number = args.out or Path("runs", name), 1

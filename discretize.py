@@ -40,7 +40,7 @@ class Quantized(NamedTuple):
 
 
 class Discretizer(nn.Module):
-    """The contract. A subclass defines `codebook`, `logits` and `choose`. train.py sets `tau` before
+    """The contract. A subclass defines `codebook`, `logits` and `choose`. train.py sets `tau` in
     every step (see `anneal`); a loaded model has the final one. Raises ValueError for flags that
     make no sense."""
 

@@ -85,8 +85,8 @@ def discretizer_flags(add):
         help="temperature at step 0, annealed exponentially to --tau; not given: --tau, and where "
              "that is not given either 2 for gumbel. Raise when few symbols survive the start")
     add("--straight-through", action=argparse.BooleanOptionalAction, default=False,
-        help="one-hot forward, soft gradient; no: soft mixtures in training, as in the paper, whose "
-             "soft figures exceed hard ones")
+        help="one-hot forward, soft gradient; no: soft mixtures in training, as in the paper, "
+             "whose soft figures exceed hard ones")
     add("--vq-beta", type=float, default=0.25, help="weight of vq's commitment loss. Raise when "
         "the decoder's vectors run away from the codes")
 
@@ -163,18 +163,17 @@ def check(args):
     if args.length < 1 or args.length & (args.length - 1):
         raise ValueError("--length must be a power of two (prefixes of 1, 2, 4, ...), "
                          f"not {args.length}")
-    for name in ("knn_every", "cache_views", "regression", "codebook_lr", "neighbours",
-                 "iterations", "components"):
+    for name in ("knn_every", "cache_views"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0, and is "
                              f"{getattr(args, name)}")
     if args.disc == "vq" and args.explore in ("info", "combined"):
-        raise ValueError(f"--explore {args.explore} does nothing with --disc vq, whose weights have "
-                         "no gradient; use softmax or gumbel, or --explore entropy")
+        raise ValueError(f"--explore {args.explore} does nothing with --disc vq, whose weights "
+                         "have no gradient; use softmax or gumbel, or --explore entropy")
     distributed.check_batch_size(args.batch_size)
     if args.cache_views and args.cache_views < args.views:
-        raise ValueError(f"--cache-views {args.cache_views} are too few for --views {args.views}; "
-                         "0 makes new views in every step")
+        raise ValueError(f"--cache-views {args.cache_views} are too few for --views "
+                         f"{args.views}; 0 makes new views in every step")
     try:
         torch.empty(0, device=args.device)
     except Exception as error:             # no driver, no such GPU, no such word: each another kind

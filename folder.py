@@ -90,7 +90,7 @@ def decode(path, side):
 
 
 def read_image(path, side):
-    """`decode` as a tensor (3, side, side) uint8; prints once per run that an image was stretched."""
+    """`decode` as a tensor (3, side, side) uint8; prints once that an image was stretched."""
     pixels, stretched = decode(path, side)
     if stretched:
         say_once(STRETCHED)

@@ -150,7 +150,7 @@ def cosine(start, end, progress):
 def warmup_cosine(peak, end, step, steps, warmup):
     """Linear from 0 to peak over `warmup` steps, then cosine to end: DINO's learning rate."""
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * min(1.0, (step + 1) / warmup)
     return cosine(peak, end, (step - warmup) / max(1, steps - warmup))
 
 
@@ -190,8 +190,8 @@ def main():
     logits, lam = torch.randn(4, 2, 3, 6) * 0.1, 0.5
     print(f"V = 2 views, B = 3 images, P = 6 prototypes, D = 4 prefixes, lambda = {lam}")
     for j, row in enumerate(cross_entropy(pair_views(p_t, 2, "same"), logits, 0.1).tolist(), 1):
-        print(f"prefix of {2 ** (j - 1)} symbol(s)  lambda^{j} = {lam ** j:<6}  H(p_t, p_s) of each "
-              f"view: {row[0]:.3f}  {row[1]:.3f}")
+        print(f"prefix of {2 ** (j - 1)} symbol(s)  lambda^{j} = {lam ** j:<6}  H(p_t, p_s) of "
+              f"each view: {row[0]:.3f}  {row[1]:.3f}")
     print(f"L = {granular_dino_loss(p_t, logits, lam, 0.1, 'same'):.3f}, their mean with these "
           f"weights; H(p_t) = {entropy(p_t).mean():.3f} is the least it can be")
 

@@ -4,8 +4,8 @@
 
 On a GPU that has bfloat16 it is bfloat16, on an older one float16 (with a gradient scaler). On a
 CPU it depends: with AVX-512-BF16 or AMX bfloat16 is several times faster than float32, without them
-it is about a hundred times slower (PyTorch issues 118499, 86270). No flag of the processor shows it,
-so two small products are timed, once per process.
+it is about a hundred times slower (PyTorch issues 118499, 86270). No processor flag shows it, so
+two small products are timed, once per process.
 """
 import functools
 import platform
@@ -21,7 +21,7 @@ SIZE = 128                  # of the timed square matrices: 2 million multiply-a
 @functools.cache
 def product_seconds():
     """Seconds of a SIZE x SIZE matrix product on one core of the CPU, in float32 and in bfloat16.
-    The best of ten each, in turns: the first one builds a kernel, and a busy machine delays some."""
+    The best of ten each, in turns: the first builds a kernel, and a busy machine delays some."""
     times, threads = {torch.float32: [], torch.bfloat16: []}, torch.get_num_threads()
     torch.set_num_threads(1)                # two threads that wait for each other measure the load
     for _ in range(10):

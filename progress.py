@@ -13,7 +13,7 @@ TERMINAL_SECONDS, FILE_SECONDS = 0.2, 10            # between two outputs
 
 
 def duration(seconds):
-    """3.2 -> "3 s", 95 -> "1 min 35 s", 4000 -> "1 h 7 min"."""
+    """3.2 -> "3 s", 95 -> "1 min 35 s", 4000 -> "1 h 6 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -35,7 +35,7 @@ class Progress:
         return self
 
     def update(self, count=1, note=None):
-        """`count` more are done; note: returns what else to print in the line (for instance the loss)."""
+        """`count` more are done; note: returns what else the line has (e.g. the loss)."""
         self.done += count
         now, terminal = time.monotonic(), sys.stdout.isatty()
         pause = TERMINAL_SECONDS if terminal else FILE_SECONDS

@@ -152,6 +152,10 @@ class StableStudent(Student):
 
     def __init__(self, args, width):
         super().__init__(args, width)
+        for name in ("regression", "codebook_lr", "neighbours", "iterations", "components"):
+            if not getattr(args, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be below 0, and is "
+                                 f"{getattr(args, name)}")
         self.args = args
         nn.init.zeros_(self.interpreter.out.weight)         # no correction at first
         self.register_buffer("mean", torch.zeros(2, width))                 # of CLS, of patches
@@ -169,14 +173,14 @@ class StableStudent(Student):
         return projector, projector
 
     def preprocess(self, z_t):
-        """z_t (B, N+1, d) -> patches of mean 0 and deviation 1, CLS whitened and of length d^0.5."""
+        """z_t (B, N+1, d) -> patches of mean 0 and deviation 1, CLS whitened, of length d^0.5."""
         with torch.autocast(z_t.device.type, enabled=False):
             cls = self.unit((z_t[:, :1].float() - self.mean[0]) @ self.whiten)
             return torch.cat([cls, (z_t[:, 1:].float() - self.mean[1]) / self.std], 1)
 
     @staticmethod
     def unit(y):
-        """L2-normalised to mean square 1: k-NN compares directions, so no symbol needs to encode a length."""
+        """L2-normalised to mean square 1: k-NN compares directions; lengths would cost symbols."""
         return F.normalize(y, dim=-1) * y.shape[-1] ** 0.5
 
     def interpret(self, embeddings):

@@ -58,7 +58,7 @@ HUB = {
 DINO_OFFSET = 0.1                               # of DINO's and DINOv2's interpolate_pos_encoding
 
 
-# ---- the network E_T --------------------------------------------------------------------------------
+# ---- the network E_T -----------------------------------------------------------------------------
 
 class Teacher(nn.Module):
     """A torchvision ViT that returns all its tokens: x (B, 3, H, W) normalised -> (B,
@@ -79,7 +79,7 @@ class Teacher(nn.Module):
         self.interpolate_antialias = interpolate_antialias
 
     def get_extra_state(self):
-        """What the shapes of the weights do not determine. state_dict() holds it as `_extra_state`, so
+        """What the weights' shapes do not determine. state_dict() holds it as `_extra_state`, so
         a checkpoint builds the same teacher again (teachers.teacher_from_state)."""
         block = self.vit.encoder.layers[0]
         return {"heads": block.self_attention.num_heads, "eps": block.ln_1.eps,
@@ -152,7 +152,7 @@ def small_vit(image_size, patch, width, depth, heads, stem=(), eps=1e-6, **setti
     return Teacher(vit, **settings)
 
 
-# ---- where it comes from -----------------------------------------------------------------------------
+# ---- where it comes from -------------------------------------------------------------------------
 
 def load_teacher(name_or_path):
     """A name of HUB, `random:` and a name of HUB, a name in weights/, or a file -> Teacher,

@@ -40,8 +40,8 @@ class TrainingTokens:
                  self.teacher.width)
         need = 2 * math.prod(shape) * distributed.world_size()              # bytes
         if need > 0.9 * data.free_memory()[0]:
-            raise ValueError(f"--cache-views {args.cache_views} takes {need / 1e9:.3g} GB, and less "
-                             "memory is free; use fewer, or 0 to run the teacher in every step")
+            raise ValueError(f"--cache-views {args.cache_views} takes {need / 1e9:.3g} GB, and less"
+                             " memory is free; use fewer, or 0 to run the teacher in every step")
         cache = torch.empty(shape, dtype=torch.float16)
         batches = torch.arange(len(images)).split(args.batch_size)
         gpus = [args.device] if "cuda" in args.device else []
@@ -69,7 +69,7 @@ class TrainingTokens:
     @torch.no_grad()
     def gallery(self, held_out):
         """The cache's z_t (n, N+1, d) of the images without augmentation, with those of the images
-        `held_out`, in the order of `data.load`, for the evaluation's gallery. None without cache."""
+        `held_out`, in the order of `data.load`: the evaluation's gallery. None without cache."""
         if self.cache is None:
             return None
         batches = torch.arange(len(held_out)).split(self.args.batch_size)

@@ -46,8 +46,7 @@ TEACHER_WARMUP = 30     # epochs in which --teacher-temp reaches its end, at mos
 # ---- one step ------------------------------------------------------------------------------------
 
 def training_step(student, centering, z_t, temperature, args):
-    """The step at the top of this file, from z_t (V*B, N+1, d) as `student.preprocess` returns it;
-    centering: losses.Centering, temperature: of p_t -> (loss, what the log wants)."""
+    """The step above from z_t (V*B, N+1, d), preprocessed -> (loss, what the log wants)."""
     v = args.views
     with torch.no_grad():
         logits_t = student.teacher_projector(z_t[:, 0]).unflatten(0, (v, -1))   # (V, B, P)
@@ -199,8 +198,8 @@ def setup(args, state):
         images = data.load(args.data, "train", args.image_size, args.train_images, args.seed,
                            args.storage)
     if args.image_size % teacher.patch:
-        raise ValueError(f"--image-size {args.image_size} is not a multiple of the teacher's patch, "
-                         f"{teacher.patch} pixels")
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of the teacher's "
+                         f"patch, {teacher.patch} pixels")
     student = checkpoint.STUDENTS[args.recipe](args, teacher.width).to(args.device)
     manager = checkpoint.Manager(args.out / "ckpt.pt", SAVE_MINUTES, images.fingerprint())
     images, held_out = map(images.subset, data.held_out_indices(len(images), args.seed))
@@ -216,8 +215,8 @@ def setup(args, state):
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6    # noqa: E731
     bits = args.length * math.log2(args.vocab)
     print(f"{len(images)} images, teacher {count(teacher):.1f} M parameters, student "
-          f"{count(student):.1f} M, {args.length} symbols of {args.vocab}: {bits:.0f} bits an image, "
-          f"{args.device} in {args.precision} -> {args.out}", flush=True)
+          f"{count(student):.1f} M, {args.length} symbols of {args.vocab}: {bits:.0f} bits an "
+          f"image, {args.device} in {args.precision} -> {args.out}", flush=True)
     return trainer, manager, held_out
 
 

@@ -15,9 +15,9 @@ need not be the start of the best one of 8, as it is for a student, so a beam is
 
 x is the teacher's raw CLS, or, with --checkpoint, the CLS in that student's own space,
 student.preprocess(z_t)[:, 0]. Images, k-NN and linear probe are those of evaluate.py. Relative
-k-NN accuracy is k-NN top-1 divided by that of the raw CLS (retention_raw), and by that of the CLS
-in the student's space (retention_space, of row teacher_space). A student below these rows has learned nothing that its
-teacher's features and a minute of k-means would not give.
+k-NN accuracy is k-NN top-1 divided by that of the raw CLS (retention_raw; row `teacher`), and by
+that of the CLS in the student's space (retention_space; row `teacher_space`). A student below these
+rows has learned nothing that its teacher's features and a minute of k-means would not give.
 """
 import argparse
 import time

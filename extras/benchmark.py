@@ -26,7 +26,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
+                                      sdpa_flop_count)
 
 import checkpoint
 import data
@@ -39,6 +40,11 @@ from extras.probe_teacher import check_folder
 from progress import Progress
 
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}                  # of the large matrix product
+CPU_ATTENTION = {                                           # FlopCounterMode knows the GPUs' alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)}
 
 
 # ---- the naive baseline --------------------------------------------------------------------------
@@ -159,7 +165,7 @@ def product_rate(device, name):
 
 def count_flops(function, *inputs):
     """FLOPs of all products and convolutions, forward and backward; 2 for a multiply-add."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         function(*inputs)
     return counter.get_total_flops()
 

@@ -122,8 +122,9 @@ def test_the_file_has_every_prefix_in_the_students_space(run_dir, beam):
                           "1", "2", "4"]
     for name in list(rows)[3:]:
         top1 = rows[name]["knn_top1"]
-        assert rows[name]["retention_raw"] == pytest.approx(top1 / rows["teacher"]["knn_top1"])
-        assert rows[name]["retention_space"] == pytest.approx(top1 / rows["teacher_space"]["knn_top1"])
+        for ratio, reference in (("raw", "teacher"), ("space", "teacher_space")):
+            expected = top1 / rows[reference]["knn_top1"]
+            assert rows[name][f"retention_{ratio}"] == pytest.approx(expected)
         assert 0 < top1 <= 100 and 0 <= rows[name]["linear_top1"] <= 100
     assert len(rows["4"]["perplexity"]) == 4 and 1 <= min(rows["4"]["perplexity"]) <= 4
     assert rows["config"]["beam"] == int(beam) and rows["hardware"]["threads"] == 1

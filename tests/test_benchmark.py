@@ -16,8 +16,8 @@ import train
 from extras import benchmark
 
 B, V, SIDE = 6, 2, 8
-TINY = """--batch-size 6 --views 2 --cache-views 0 --image-size 8 --vocab 8 --prototypes 16 --hidden 32
-    --descriptor 2x4 --interpreter 2x4 --device cpu --precision float32""".split()
+TINY = """--batch-size 6 --views 2 --cache-views 0 --image-size 8 --vocab 8 --prototypes 16
+    --hidden 32 --descriptor 2x4 --interpreter 2x4 --device cpu --precision float32""".split()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Known answers for losses.py: numbers worked out by hand, and plain double loops."""
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ def distributions(*shape, seed=0):
 # ---- the granular DINO loss ----------------------------------------------------------------------
 
 def two_by_two():
-    """V = 2 views, D = 2 granularities, B = 1 picture, P = 2 prototypes: (p_t, student logits).
+    """V = 2 views, D = 2 granularities, B = 1 image, P = 2 prototypes: (p_t, student logits).
     The logits are 0.1 ln q, so that at temperature 0.1 the student's distribution is q itself."""
     p_t = torch.tensor([[1, 0], [0.5, 0.5]])[:, None]                           # (V, B, P)
     q = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.2, 0.8], [0.9, 0.1]]])    # (D, V, P)
@@ -38,45 +39,51 @@ SHORT_LONG = {"cross": (1.5 * LN2, math.log(5 / 3)),
               "same": ((LN2 - math.log(3 / 16) / 2) / 2, (math.log(5) + math.log(10 / 3)) / 2)}
 
 
+def entropies(p_t, logits, pairing, temperature=0.1):
+    """(D, views): the cross-entropies that `granular_dino_loss` averages."""
+    targets = losses.pair_views(p_t, logits.shape[1], pairing)
+    return losses.cross_entropy(targets, logits, temperature)
+
+
 @pytest.mark.parametrize("pairing", ["cross", "same"])
 @pytest.mark.parametrize("lam, share", [(0.5, 2 / 3), (1, 1 / 2), (2, 1 / 3)])
 def test_granular_loss_by_hand(pairing, lam, share):
     """share: of the short prefix, lam / (lam + lam^2) = 1 / (1 + lam)."""
-    loss, entropies = losses.granular_dino_loss(*two_by_two(), lam, 0.1, pairing)
     short, long = SHORT_LONG[pairing]
-    assert close(entropies.mean(1), [short, long])
+    assert close(entropies(*two_by_two(), pairing).mean(1), [short, long])
+    loss = losses.granular_dino_loss(*two_by_two(), lam, 0.1, pairing)
     assert close(loss, share * short + (1 - share) * long)
 
 
 def test_granular_loss_in_numbers():
-    figures = [losses.granular_dino_loss(*two_by_two(), lam)[0].item() for lam in (0.5, 1, 2)]
+    figures = [losses.granular_dino_loss(*two_by_two(), lam).item() for lam in (0.5, 1, 2)]
     assert close(figures, [0.863422, 0.775273, 0.687124])
 
 
 @pytest.mark.parametrize("views", [3, 7])                     # 7: four local views of the student's
 def test_cross_pairing_is_the_double_loop_over_other_views(views):
     p_t, logits = distributions(3, 5, 6), torch.randn(4, views, 5, 6)
-    _, entropies = losses.granular_dino_loss(p_t, logits, 1.0, 0.1)
+    found = entropies(p_t, logits, "cross")
     for d in range(4):
         for i in range(views):
             log_q = torch.log_softmax(logits[d, i] / 0.1, -1)
             pairs = [-(p_t[j] * log_q).sum(-1).mean() for j in range(3) if j != i]
             assert len(pairs) == (2 if i < 3 else 3)
-            assert close(entropies[d, i], sum(pairs) / len(pairs), 1e-5)
+            assert close(found[d, i], sum(pairs) / len(pairs), 1e-5)
 
 
-def test_same_pairing_is_the_paper_s_formula():
+def test_same_pairing_is_the_papers_formula():
     p_t, logits = distributions(3, 5, 6), torch.randn(4, 3, 5, 6)
-    _, entropies = losses.granular_dino_loss(p_t, logits, 1.0, 0.1, "same")
+    found = entropies(p_t, logits, "same")
     for d in range(4):
         for i in range(3):
             pair = nn.functional.cross_entropy(logits[d, i] / 0.1, p_t[i])
-            assert close(entropies[d, i], pair, 1e-5)
+            assert close(found[d, i], pair, 1e-5)
 
 
-def test_one_view_answers_for_itself():
+def test_one_view_is_its_own_target():
     p_t, logits = distributions(1, 5, 6), torch.randn(4, 1, 5, 6)
-    same, cross = (losses.granular_dino_loss(p_t, logits, 1.0, pairing=name)[0]
+    same, cross = (losses.granular_dino_loss(p_t, logits, 1.0, pairing=name)
                    for name in ("same", "cross"))
     assert same.isfinite() and close(same, cross)
 
@@ -85,26 +92,44 @@ def test_one_view_answers_for_itself():
     (0.5, [8, 4, 2, 1]), (1, [1, 1, 1, 1]), (3, [1, 3, 9, 27])])
 def test_lambda_moves_weight_between_prefixes(lam, powers):
     logits = torch.zeros(4, 2, 1, 2, requires_grad=True)              # four prefixes, equally wrong
-    loss, _ = losses.granular_dino_loss(torch.tensor([[1.0, 0.0]]).expand(2, 1, 2), logits, lam)
+    loss = losses.granular_dino_loss(torch.tensor([[1.0, 0.0]]).expand(2, 1, 2), logits, lam)
     loss.backward()
     pull = logits.grad[..., 0].sum((1, 2))                                      # (D,)
     assert close(pull / pull.sum(), torch.tensor(powers) / sum(powers))
     assert close(loss, LN2)                                          # lambda leaves the scale alone
 
 
-def test_no_gradient_reaches_the_targets_and_loss_is_least_at_them():
+def test_the_loss_is_least_at_the_targets():
     p_t = distributions(2, 3, 4)
     p_t[1] = p_t[0]                                                             # both views agree
-    at = lambda logits: losses.granular_dino_loss(p_t, logits, 1.0, 0.1)[0]     # noqa: E731
+    at = lambda logits: losses.granular_dino_loss(p_t, logits, 1.0, 0.1)        # noqa: E731
     best = 0.1 * p_t.log()[None]
     assert close(at(best), losses.entropy(p_t).mean())
     assert at(best + 0.02 * torch.randn(1, 2, 3, 4)) > at(best)
 
 
-# ---- the teacher's softmax -----------------------------------------------------------------------
+def test_the_loss_is_float32_under_autocast():
+    p_t, logits = distributions(3, 5, 6), torch.randn(4, 3, 5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = losses.granular_dino_loss(p_t, logits, 0.5)
+    assert torch.equal(half, losses.granular_dino_loss(p_t, logits, 0.5))
+
+
+def test_joint_kl_by_hand():
+    """One image, the first of two views, two prefixes: their mean (1/2, 1/2) against (3/4, 1/4)."""
+    p_t = torch.tensor([[[0.75, 0.25]], [[0.0, 1.0]]])                          # (V, B, P)
+    q = torch.tensor([[0.2, 0.8], [0.8, 0.2]])                                  # (D, P)
+    logits = torch.stack([0.1 * q.log(), torch.randn(2, 2)], 1)[:, :, None]     # (D, V, B, P)
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert close(losses.joint_kl(p_t, logits, 0.1, "same"), expected)
+    # cross: the target is that of the other view, (0, 1): KL = ln 2
+    assert close(losses.joint_kl(p_t, logits, 0.1, "cross"), LN2)
+
+
+# ---- the teacher's side --------------------------------------------------------------------------
 
 def test_sinkhorn_gives_every_image_one_and_every_prototype_its_part():
-    q = losses.sinkhorn(torch.randn(24, 6), 0.5, rounds=100)
+    q = losses.sinkhorn(torch.randn(24, 6), 0.5, iterations=100)
     assert close(q.sum(1), torch.ones(24)) and close(q.sum(0), torch.full((6,), 24 / 6), 1e-4)
     preferred = torch.randn(24, 6) + torch.tensor([9.0, 0, 0, 0, 0, 0])       # all want prototype 0
     assert losses.sinkhorn(preferred, 1.0).sum(0).max() < 2 * 4 < preferred.softmax(-1).sum(0).max()
@@ -116,22 +141,24 @@ def test_sinkhorn_of_balanced_columns_is_softmax():
     assert close(losses.sinkhorn(circulant, 0.1), (circulant / 0.1).softmax(-1))
 
 
-def test_centre_is_used_before_it_moves():
-    softmax = losses.TeacherSoftmax(2, "centre", momentum=0.9)
+def test_the_center_is_used_before_it_moves():
+    centering = losses.Centering(2, "center", momentum=0.9)
     logits = torch.tensor([[[1.0, 0.0]], [[3.0, 2.0]]])                  # mean over V and B: (2, 1)
     even = 0.1 * torch.tensor([3.0, 1.0]).log()                              # p = (3, 1) / 4 at 0.1
-    assert close(softmax(logits, 1.0), logits.softmax(-1))                      # the centre was 0
-    assert close(softmax.centre, [0.2, 0.1])
-    assert close(softmax(softmax.centre + even.view(1, 1, 2), 0.1), [[[0.75, 0.25]]])
-    assert close(softmax.centre, torch.tensor([0.2, 0.1]) + 0.1 * even)     # 0.9 c + 0.1 (c + even)
+    assert close(centering(logits, 1.0), logits.softmax(-1))                    # the center was 0
+    assert close(centering.center, [0.2, 0.1])
+    p_t = centering(centering.center + even.view(1, 1, 2), 0.1)
+    assert close(p_t, [[[0.75, 0.25]]])
+    assert close(centering.center, torch.tensor([0.2, 0.1]) + 0.1 * even)   # 0.9 c + 0.1 (c + even)
 
 
-@pytest.mark.parametrize("centering", ["none", "sinkhorn"])
-def test_other_centerings_keep_no_centre(centering):
-    softmax, logits = losses.TeacherSoftmax(4, centering), torch.randn(2, 3, 4)
-    plain = {"none": (logits / 0.5).softmax(-1),
-             "sinkhorn": losses.sinkhorn(logits.view(6, 4), 0.5).view(2, 3, 4)}
-    assert close(softmax(logits, 0.5), plain[centering]) and close(softmax.centre, torch.zeros(4))
+@pytest.mark.parametrize("kind", ["none", "sinkhorn"])
+def test_other_centerings_keep_no_center(kind):
+    centering, logits = losses.Centering(4, kind), torch.randn(2, 3, 4)
+    expected = {"none": (logits / 0.5).softmax(-1),
+                "sinkhorn": losses.sinkhorn(logits.view(6, 4), 0.5).view(2, 3, 4)}
+    assert close(centering(logits, 0.5), expected[kind])
+    assert close(centering.center, torch.zeros(4))
 
 
 def test_ema_update_by_hand():
@@ -149,25 +176,15 @@ def test_ema_update_by_hand():
 K, T = 8, 4
 UNDECIDED = torch.zeros(16, T, K)
 SAME_SYMBOL = 100 * torch.eye(K)[torch.zeros(16, T, dtype=torch.long)]
-# Picture i says symbols i, i + 1, i + 2, i + 3 modulo 8: sure, never repeating, each equally often.
+# Image i has symbols i, i + 1, i + 2, i + 3 modulo 8: certain, none repeated, each equally often.
 VARIED = 100 * torch.eye(K)[(torch.arange(16)[:, None] + torch.arange(T)) % K]
-# Each position its own symbol, the same for all pictures: usage must not count across positions.
-BY_PLACE = 100 * torch.eye(K)[torch.arange(T).expand(16, T)]
 
 
-@pytest.mark.parametrize("logits, symbol, within, usage", [
-    (UNDECIDED, math.log(K), math.log(K), math.log(K)), (SAME_SYMBOL, 0, 0, 0),
-    (VARIED, 0, math.log(T), math.log(K)), (BY_PLACE, 0, math.log(T), 0)])
-def test_entropies_at_their_extremes(logits, symbol, within, usage):
+@pytest.mark.parametrize("logits, symbol, within", [
+    (UNDECIDED, math.log(K), math.log(K)), (SAME_SYMBOL, 0, 0), (VARIED, 0, math.log(T))])
+def test_entropies_at_their_extremes(logits, symbol, within):
     assert close(losses.symbol_entropy(logits), symbol, 1e-5)
     assert close(losses.sequence_information(logits.softmax(-1)), within, 1e-5)
-    assert close(losses.usage_entropy(logits), usage, 1e-5)
-
-
-def test_usage_entropy_by_hand():
-    p = torch.tensor([[[1.0, 0, 0], [0.5, 0.5, 0]], [[0, 0.5, 0.5], [0.5, 0.5, 0]]])    # (B, T, K)
-    # means over the batch: (1/2, 1/4, 1/4) at position 1 and (1/2, 1/2, 0) at position 2
-    assert close(losses.usage_entropy(p.log()), (1.5 * LN2 + LN2) / 2)
 
 
 def test_entropy_by_hand():
@@ -176,19 +193,16 @@ def test_entropy_by_hand():
     assert close(losses.entropy(p.T, dim=0), [1.5 * LN2, 0])
 
 
+def sequence(weights, logits):
+    return SimpleNamespace(weights=weights, logits=logits)
+
+
 @pytest.mark.parametrize("explore, expected", [
     ("base", 0), ("entropy", -0.01 * math.log(K)), ("info", -0.05 * math.log(T)),
     ("combined", -0.01 * math.log(K) - 0.05 * math.log(T))])
 def test_exploration_rewards_what_its_name_says(explore, expected):
-    weights, logits = VARIED.softmax(-1), UNDECIDED     # I(s) = ln T, H(p) = ln K
-    assert close(losses.exploration_loss(weights, logits, explore, 0.01, 0.05, 0), expected, 1e-5)
-
-
-@pytest.mark.parametrize("explore", ["base", "entropy", "info", "combined"])
-def test_balance_comes_on_top_of_each_strategy(explore):
-    without = losses.exploration_loss(UNDECIDED, VARIED, explore, 0.01, 0.05, 0)
-    with_it = losses.exploration_loss(UNDECIDED, VARIED, explore, 0.01, 0.05, 0.3)
-    assert close(with_it - without, -0.3 * math.log(K), 1e-5)
+    planted = sequence(VARIED.softmax(-1), UNDECIDED)       # I(s) = ln T, H(p) = ln K
+    assert close(losses.exploration_loss(planted, explore, 0.01, 0.05), expected, 1e-5)
 
 
 # ---- schedules and parameter groups --------------------------------------------------------------
@@ -201,6 +215,8 @@ def test_cosine():
 def test_warmup_cosine():
     at = lambda step: losses.warmup_cosine(1.0, 0.1, step, 110, 10)             # noqa: E731
     assert [at(s) for s in (0, 4, 9, 10, 60, 110)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55, 0.1])
+    # a warm-up of 2.5 steps never exceeds the peak
+    assert [losses.warmup_cosine(1.0, 1.0, s, 25, 2.5) for s in range(4)] == [0.4, 0.8, 1, 1]
     assert losses.warmup_cosine(1.0, 0.1, 0, 5, 0) == 1.0                       # no warm-up
 
 
@@ -227,18 +243,41 @@ def test_weight_decay_spares_vectors_and_frozen_parameters():
         assert close(p, before[name] * (0.9 if name == "a.weight" else 1))   # 1 - lr * weight decay
 
 
-def test_set_schedule_writes_both_groups():
-    groups = [{"decay": True}, {"decay": False, "weight_decay": 0.0}]
-    optimizer = SimpleNamespace(param_groups=groups)
-    losses.set_schedule(optimizer, 0.3, 0.04)
-    assert optimizer.param_groups == [{"decay": True, "lr": 0.3, "weight_decay": 0.04},
-                                      {"decay": False, "lr": 0.3, "weight_decay": 0.0}]
+def test_slow_parameters_have_their_own_rate_and_no_decay():
+    module = nn.ModuleDict({"a": nn.Linear(3, 2), "codebook": nn.Linear(2, 4)})
+    slow = list(module["codebook"].parameters())
+    groups = losses.parameter_groups(module, slow, 0.25)
+    assert [{id(p) for p in group["params"]} for group in groups] == [
+        {id(module["a"].weight)}, {id(module["a"].bias)}, {id(p) for p in slow}]
+    optimizer = torch.optim.AdamW(groups, lr=9.0)
+    losses.set_schedule(optimizer, 0.5, 0.2)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (0.5, 0.2), (0.5, 0), (0.125, 0)]
+    before = [p.detach().clone() for p in slow]
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()                            # Adam's first step is as long as the learning rate
+    assert all(close(p, b - 0.125) for p, b in zip(slow, before))
 
 
-def test_regression_by_hand():
-    y = torch.tensor([[1.0, 0], [0, -1]])                               # (B = 2, d = 2)
-    z_s = torch.stack([y + 1, y], 1)                            # prefixes 1 and 2: off by 1, exact
-    gists = torch.stack([y - 2, y, y], 1)                               # mean square 4, 0, 0
-    loss, error = losses.regression_loss(y, z_s, gists)
-    assert error.tolist() == [1, 0] and not error.requires_grad
-    assert abs(loss - (0.5 + 4 * 4 / 3)) < 1e-6
+def test_the_last_layer_rests_where_there_is_one_to_learn():
+    learned, fixed = nn.Module(), nn.Module()
+    learned.prototypes, learned.other = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    (learned.prototypes + learned.other).sum().backward()
+    losses.cancel_last_layer_gradient(learned)
+    losses.cancel_last_layer_gradient(fixed)                            # k-means prototypes: nothing
+    assert learned.prototypes.grad is None and learned.other.grad is not None
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+def test_the_script_prints_a_loss_that_its_terms_add_up_to(capsys):
+    losses.main()
+    *rows, last = capsys.readouterr().out.splitlines()[1:]
+    terms = [[float(x) for x in row.split(": ")[1].split()] for row in rows]        # (D, V)
+    weights = [0.5 ** j for j in range(1, 5)]
+    assert all(f"lambda^{j} = {w:<6}" in row for j, (w, row) in enumerate(zip(weights, rows), 1))
+    loss = sum(w * sum(t) / 2 for w, t in zip(weights, terms)) / sum(weights)
+    least, = re.findall(r"H\(p_t\) = ([\d.]+)", last)
+    printed = float(last.split()[2].rstrip(","))
+    assert float(least) < printed and printed == pytest.approx(loss, abs=2e-3)
