@@ -42,6 +42,9 @@ DATA = {"shapes": "", "cifar10": "--data folder:cifar10 --teacher cifar10"}
 LABELS = {"shapes": "shapes (drawn by shapes.py)", "cifar10": "CIFAR-10 (JPEG)"}
 # Only for `stable`: on CIFAR-10 the nearest images are often of another class
 SPACE = {"shapes": "", "cifar10": "--iterations 1"}
+# `paper` makes four new views of each image and runs the teacher on them in every step: an epoch of
+# it costs as much as four of `stable`, and shows its student as many views as four
+BUDGET = {"paper": "--epochs 1", "stable": ""}
 VOCABS = {"shapes": (128,), "cifar10": (128, 256, 512)}
 RECIPES, DISCS = ("paper", "stable"), ("softmax", "gumbel", "vq")
 # Table -> row -> the flags beside those in its name, RECIPE-DISC-VOCAB or METHOD-VOCAB
@@ -60,12 +63,12 @@ TABLES = {
         "stable-softmax-128-no-whitening": "--neighbours 0 --components 0",
         "stable-softmax-128-no-regression": "--regression 0",
         "stable-softmax-128-fixed-codebooks": "--codebook-lr 0",
-        "stable-softmax-128-soft": "--no-straight-through",
-        "stable-softmax-128-me-max": "--me-max 2"},
+        "stable-softmax-128-new-views": "--views 4 --cache-views 0 --epochs 1",
+        "stable-softmax-128-soft": "--no-straight-through"},
     "ten times the training": {
         f"paper-{disc}-128{tail}": flags for disc in DISCS for tail, flags in {
             "": "",
-            "-long": "--epochs 20"}.items()},
+            "-long": "--epochs 10"}.items()},
     # -space: of the CLS in the space of the student of that seed, which must have been trained
     "baselines of equal bits": {
         f"{method}-{vocab}{tail}": flags for vocab in (128, 256, 512) for method, tail, flags in (
@@ -94,7 +97,7 @@ def command(data, name, flags):
     """What follows `python`; {seed} is left open."""
     recipe, disc, vocab = base_of(name).split("-")
     if name.startswith(RECIPES):
-        own = f"train.py --recipe {recipe} --disc {disc} --vocab {vocab} {flags} "
+        own = f"train.py --recipe {recipe} --disc {disc} --vocab {vocab} {BUDGET[recipe]} {flags} "
         own += SPACE[data] if recipe == "stable" else ""
     else:
         module = "baselines" if name.startswith("kmeans") else "vqvae"

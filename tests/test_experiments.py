@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train
+import flags
 from extras import experiments
 from test_tables import plant, plant_kmeans
 
@@ -83,7 +83,7 @@ def test_train_understands_every_command_and_each_changes_something():
     seen = {}
     for name, command in experiments.EXPERIMENTS.items():
         if command.startswith("train.py"):
-            args = train.parse(command.split()[1:])
+            args = flags.parse(command.split()[1:])
             recipe, disc, vocab = name.partition("/")[2].split("-")[:3]
             assert [args.recipe, args.disc, str(args.vocab)] == [recipe, disc, vocab]
             assert seen.setdefault(str(args), name) == name
