@@ -46,15 +46,12 @@ def teacher_tokens(teacher, image_set, index_batches, size, device, precision):
 
 
 def encode_batch(student, z_t, precision, soft):
-    """z_t (b, N+1, d) -> the entries of `encode`, of b images. "soft" is left out where the
-    discretizer has no soft assignments in evaluation (straight-through, vq)."""
+    """z_t (b, N+1, d) -> the entries of `encode`, of b images."""
     with autocast(str(z_t.device), precision):
         inputs = student.preprocess(z_t)
         sequences = {"z": student.describe(inputs, hard=True)}
         if soft:
             sequences["soft"] = student.describe(inputs)
-            if torch.equal(sequences["soft"].weights, sequences["z"].weights):
-                del sequences["soft"]
     # in float32, because bfloat16 would blur codes; (b, D, d) -> (D, b, d)
     features = {name: student.interpret(sequence.embeddings.float()).transpose(0, 1)
                 for name, sequence in sequences.items()}
@@ -79,7 +76,9 @@ def encode(student, teacher, image_set, size, precision="auto", batch_size=256, 
     with Progress("encoding, images", n) as progress:
         for index, z_t in zip(index_batches, batches):
             batch = encode_batch(student, z_t, precision, soft)
-            soft = "soft" in batch
+            if soft and not out and torch.equal(batch["soft"], batch["z"]):
+                del batch["soft"]                           # straight-through, vq: nothing is soft
+                soft = False
             for name, x in batch.items():                               # (..., b, width)
                 if name not in out:
                     shape = (*x.shape[:-2], n, x.shape[-1])
@@ -150,7 +149,7 @@ def score_prefixes(train, train_y, test, test_y, lengths, vocab, soft, probe_on)
     for j, n in enumerate(lengths):
         row = rows["student"][n] = score(train["z"][j], train_y, test["z"][j], test_y)
         rows["soft_minus_hard"][n] = 0.0                # where no assignment is soft
-        if "soft" in test:
+        if "soft" in train and "soft" in test:
             mixed = score(train["soft"][j], train_y, test["soft"][j], test_y, probe=soft)
             rows["soft_minus_hard"][n] = mixed["knn"][0] - row["knn"][0]
             if soft:

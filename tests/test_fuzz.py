@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import data
 import evaluate
 from extras import describe
@@ -85,7 +86,7 @@ def test_no_checkpoint_does_harm(tiny_trainer, tmp_path, monkeypatch, capsys):
     words = ["evaluate.py", str(file), "--json", str(out), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", words)
     ran = {"damaged": 0, "hostile": 0, "forged": 0}
-    for i, (kind, content) in enumerate(checkpoints(tiny_trainer().state(), victim)):
+    for i, (kind, content) in enumerate(checkpoints(checkpoint.state_of(tiny_trainer()), victim)):
         file.write_bytes(content)
         out.write_text("old")
         try:
@@ -175,7 +176,7 @@ def test_no_image_does_harm(folder_of_harm, capfd):
 def test_images_that_cannot_be_read_are_not_described(folder_of_harm, tiny_trainer, tmp_path,
                                                       capsys):
     path, read = folder_of_harm
-    torch.save(tiny_trainer().state(), tmp_path / "ckpt.pt")
+    torch.save(checkpoint.state_of(tiny_trainer()), tmp_path / "ckpt.pt")
     out = tmp_path / "s.jsonl"
     describe.main([str(tmp_path / "ckpt.pt"), str(path), "-o", str(out)])
     assert [json.loads(line)["path"] for line in out.read_text().splitlines()] == [*read]

@@ -8,9 +8,10 @@ import torch
 
 import checkpoint
 import data
+import flags
 import hubconf
 import model
-import train
+import teachers
 
 ROOT = Path(__file__).parent.parent
 FLAGS = """--train-images 80 --test-images 40 --image-size 8 --vocab 8 --prototypes 16 --hidden 32
@@ -21,16 +22,16 @@ FLAGS = """--train-images 80 --test-images 40 --image-size 8 --vocab 8 --prototy
 def ckpt(tmp_path):
     """ckpt(*flags) -> the file of an untrained student with statistics in its BatchNorms, without
     which all images get the same symbols: 8 symbols of 8, d = 64, N = 4 patches."""
-    def make(*flags):
-        args = train.parse([*FLAGS, *flags])
-        teacher = model.small_vit(8, 4, 64, 1, 1).eval()
+    def make(*words):
+        args = flags.parse([*FLAGS, *words])
+        teacher = teachers.small_vit(8, 4, 64, 1, 1).eval()
         student = checkpoint.STUDENTS[args.recipe](args, teacher.width)
         images = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8)
         with torch.no_grad():
             z_t = student.preprocess(teacher(data.normalize(images)))
             for _ in range(20):
                 student.describe(z_t)
-        torch.save({"config": train.config_of(args), "teacher": teacher.vit.state_dict(),
+        torch.save({"config": checkpoint.config_of(args), "teacher": teacher.state_dict(),
                     "student": student.state_dict()}, tmp_path / "ckpt.pt")
         return str(tmp_path / "ckpt.pt")
     return make
@@ -125,6 +126,7 @@ for name in names:
     assert importlib.import_module(name).state == ["fresh", name], name
 sys.path.append(root)
 import hubconf
+import model
 assert torch.equal(hubconf.symbolizer(ckpt)(images), symbols)
 assert importlib.import_module("model").state == ["fresh", "model"]
 print(tuple(symbols.shape), tuple(late.decode(symbols).shape))
