@@ -47,7 +47,7 @@ def loss_and_gradients(trainer, patches, views):
 
 @pytest.mark.parametrize("extra", [
     ["--disc", "softmax"], ["--disc", "gumbel", "--no-straight-through"],
-    ["--disc", "vq", "--explore", "combined"], ["--recipe", "paper"],
+    ["--disc", "vq", "--explore", "entropy"], ["--recipe", "paper"],
     ["--recipe", "paper", "--disc", "vq"]], ids=" ".join)
 def test_naive_and_fast_agree_in_loss_and_gradients(words, extra):
     trainer = benchmark.build(flags.parse([*words, *extra]))
