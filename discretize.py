@@ -5,7 +5,7 @@
     vq        s_q = argmin_k |h - e_k|                         nearest code, gradient copied past it
 
     python discretize.py                          # one vector h through all three, with gradients
-    python train.py --disc gumbel --tau-start 4
+    python train.py --disc gumbel --tau 0.5
     python train.py --disc vq --vocab 256
 
 To add one, write a class and its entry in DISCRETIZERS (README: "Add a discretizer").
@@ -36,7 +36,7 @@ class Quantized(NamedTuple):
     embedding: Tensor  # (B, d) the symbol's embedding: next input of descriptor and interpreter
     ids: Tensor        # (B,) int64, argmax of the weights in use (with their noise)
     aux: Tensor        # () loss to add to the objective; 0 where the discretizer has none
-    logits: Tensor     # (B, K); softmax(logits) is p(symbol | h), before noise: for H(p) and I(s)
+    logits: Tensor     # (B, K); softmax(logits) is p(symbol | h), before noise: for H(p)
 
 
 class Discretizer(nn.Module):
@@ -85,21 +85,21 @@ class Discretizer(nn.Module):
 class Softmax(Discretizer):
     """Low-temperature softmax (3.2, item 1), with an optional straight-through one-hot."""
 
-    tempered = True             # the logits are W h / tau
+    logits_use_tau = True             # the logits are W h / tau
     init_sharpness = 1.0        # deviation of W h after `init_codebook`: of the logits, 1 / tau
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
         self.straight_through = args.straight_through
         self.to_logits = nn.Linear(width, vocab)
-        # h has unit variance (it leaves a BatchNorm), so the logits have deviation SPREAD
-        divisor = self.tau if self.tempered else 1.0
+        # for h of unit variance (paper: it leaves a BatchNorm) the logits have deviation SPREAD
+        divisor = self.tau if self.logits_use_tau else 1.0
         nn.init.normal_(self.to_logits.weight, std=SPREAD * divisor / math.sqrt(width))
         nn.init.zeros_(self.to_logits.bias)
         self.codebook = nn.Parameter(TABLE_STD * torch.randn(vocab, width))     # (K, d)
 
     def logits(self, h):
-        return self.to_logits(h) / (self.tau if self.tempered else 1.0)
+        return self.to_logits(h) / (self.tau if self.logits_use_tau else 1.0)
 
     def soft_assignment(self, logits):
         """(B, K) -> (B, K), the mixture that carries the gradient."""
@@ -115,7 +115,7 @@ class Softmax(Discretizer):
 
     @torch.no_grad()
     def init_codebook(self, centroids, scale):
-        """The nearest centroid is linear in h: argmin |h - c|^2 = argmax 2 <h, c> - |c|^2."""
+        """So that argmax(W h + b) is the nearest: argmin |h - c|^2 = argmax 2 <h, c> - |c|^2."""
         self.codebook.copy_(centroids)
         self.to_logits.weight.copy_(2 * centroids * self.init_sharpness / scale)
         self.to_logits.bias.copy_(-centroids.square().sum(1) * self.init_sharpness / scale)
@@ -132,12 +132,12 @@ class Gumbel(Softmax):
     gradient reaches."""
 
     default_tau_start, default_tau = 2.0, 0.5       # annealed: the base strategy of section 3.4
-    tempered = False            # they are W h
+    logits_use_tau = False            # they are W h
     init_sharpness = 30.0       # of the logits; the noise has deviation 1.28
 
     def soft_assignment(self, logits):
         if self.training:
-            shape = distributed.world_size() * len(logits), self.vocab   # of all processes: -log E
+            shape = distributed.world_size() * len(logits), self.vocab   # of all ranks: -log Exp(1)
             noise = -distributed.shard(logits.new_empty(shape).exponential_()).log()
             logits = logits + noise
         return (logits / self.tau).softmax(-1)
@@ -146,7 +146,7 @@ class Gumbel(Softmax):
 class VQ(Discretizer):
     """Vector quantization (3.2, item 3; equation 3 of van den Oord et al. 2017):
 
-        L_vq = |sg[h] - e|^2 + beta |h - sg[e]|^2          (sg: no gradient)
+        L_vq = |sg[h] - e|^2 + beta |h - sg[e]|^2          (sg: no gradient; mean over d)
 
     tau scales the logits only, -|h - e|^2 / (2 d tau), which exploration terms read."""
 
@@ -155,7 +155,7 @@ class VQ(Discretizer):
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
         self.beta = args.vq_beta
-        # unit variance, as h has; van den Oord's U(-1/K, 1/K) is a point beside it
+        # unit variance, as h has; van den Oord's U(-1/K, 1/K) is far smaller than h
         self.codebook = nn.Parameter(torch.randn(vocab, width))                 # (K, d)
 
     def logits(self, h):

@@ -2,8 +2,8 @@
 
     python train.py --help
 
-A default is here and nowhere else, except that a recipe (its student's `defaults`) and a --size
-change some.
+Defaults are here, except tau's (discretize.py) and what a recipe (its student's `defaults`) or a
+--size changes.
 """
 import argparse
 from pathlib import Path
@@ -111,7 +111,7 @@ def loss_flags(add):
 
 
 def optimizer_flags(add):
-    add("--epochs", type=int, default=2)
+    add("--epochs", type=int, default=2, help="passes over the training images")
     add("--lr", type=float, default=2e-3, help="peak; lower it for larger networks")
     add("--weight-decay", type=float, nargs=2, default=[0.04, 0.04], metavar=("START", "END"),
         help="END is reached by a cosine; DINO: 0.4, for long runs")
@@ -121,13 +121,14 @@ def run_flags(add):
     add("--out", type=Path, default=None,
         help="run directory; default runs/DATA-RECIPE-DISC-VOCAB-sSEED, with -2, -3 if taken")
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt, to the bit on a CPU")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0, help="of weights, order, views and drawn images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N")
     add("--precision", choices=precision.NAMES, default="auto",
         help="auto: bfloat16 where this machine computes it faster (measured), else float32")
     add("--knn-every", type=float, default=0.5,
-        help="epochs between k-NN on held-out training images, 0: never. Below 1 the log has a "
-             "line as often, otherwise after each epoch")
+        help="epochs between k-NN on held-out training images, 0: never. Below 1, the log has a "
+             "line at this interval, otherwise after each epoch")
 
 
 def parse(argv=None, description=__doc__):
@@ -135,8 +136,8 @@ def parse(argv=None, description=__doc__):
     p = argparse.ArgumentParser(description=description,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--recipe", choices=checkpoint.STUDENTS, default="stable",   # or "paper"
-                   help="the paper exactly as published, or the fewest changes that keep its "
-                        "symbols from collapsing (stable.py)")
+                   help="paper: the published method, with README's list of differences; stable: "
+                        "what keeps the symbols from collapsing (stable.py)")
     p.add_argument("--size", choices=SIZES, default="small",
                    help="small: minutes on a CPU; cifar10: all its images, one GPU; paper: its "
                         "teacher and networks")
@@ -154,7 +155,7 @@ def parse(argv=None, description=__doc__):
 
 
 def check(args):
-    """Flags that would fail later, or silently do nothing. Raises ValueError."""
+    """Flags that would fail later, and some that would do nothing. Raises ValueError."""
     for name in ("train_images", "test_images", "image_size", "views", "batch_size", "epochs",
                  "prototypes", "hidden", "teacher_temp", "lr", "lam"):
         value = getattr(args, name)
@@ -167,6 +168,8 @@ def check(args):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0, and is "
                              f"{getattr(args, name)}")
+    if args.pairing == "cross" and args.views == 1:
+        raise ValueError("--pairing cross needs other views: --views 2 or more")
     if args.disc == "vq" and args.explore in ("info", "combined"):
         raise ValueError(f"--explore {args.explore} does nothing with --disc vq, whose weights "
                          "have no gradient; use softmax or gumbel, or --explore entropy")

@@ -71,7 +71,7 @@ def ema_update(target, source, momentum):
 def pair_views(p_t, views, pairing):
     """The target of each student view: (V, B, P) -> (views, B, P).
 
-    same:  the target of view i is that of view i, as in the paper's formula.
+    same (or V = 1): the target of view i is that of view i, as in the paper's formula.
     cross: it is the mean of those of every *other* view, as in DINO. H(p, q) is linear in p, so the
            mean of the cross-entropies is the cross-entropy with the mean target. Student views
            beyond the V of the teacher (pretraining's local crops) have the mean of all V.
@@ -125,8 +125,8 @@ def symbol_entropy(logits):
 def sequence_information(weights):
     """I(s): entropy of the symbols within one sequence, mean over images; weights (B, T, K).
 
-    0 when a sequence repeats one symbol, ln T when all T differ (our choice: the paper only states
-    that repeated symbols lower the information)."""
+    For one-hot weights 0 when a sequence repeats one symbol, ln T when all T differ (our choice:
+    the paper only states that repeats lower it). Soft weights can reach ln K by blurring."""
     return entropy(weights.mean(1)).mean()
 
 

@@ -52,7 +52,7 @@ class DINOHead(nn.Module):
 # ---- student: D_S, discretizer, E_S, P_S ---------------------------------------------------------
 
 # Standard deviation of start token, CLS and positions at initialisation: that of the symbols'
-# embeddings (discretize.TABLE_STD), so that neither drowns the other.
+# embeddings (discretize.TABLE_STD), so that both have equal variance (vq's codebook: 1).
 START_STD = 0.3
 
 
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with cross=True it also attends to the teacher's tokens."""
+    """Pre-norm transformer block: `forward` for the interpreter, `decode` (cross=True) for D_S."""
 
     def __init__(self, width, heads, cross=False):
         super().__init__()
@@ -158,7 +158,7 @@ class Descriptor(nn.Module):
             distributed.BatchNorm(width, affine=False) for _ in range(length))
 
     def start_state(self, z_t):
-        """z_t (B, N+1, d) -> what is kept between positions: per block the keys and values of the
+        """z_t (B, N+1, d) -> the state between positions: per block the keys and values of the
         tokens and of the positions so far, and the queries of the deepest cross-attention."""
         tokens = z_t if self.attends_to_cls else z_t[:, 1:]
         return {"memory": [block.cross.keys_values(tokens) for block in self.blocks],
@@ -175,7 +175,7 @@ class Descriptor(nn.Module):
 
     def attention_maps(self, state):
         """-> (B, T, N): the deepest block's cross-attention of each symbol to the patches (paper,
-        Figure 1), mean over heads. The CLS is no place in the image: its share is left out."""
+        Figure 1), mean over heads. The CLS has no position in the image: its share is left out."""
         keys, _ = state["memory"][-1]
         maps = self.blocks[-1].cross.weights(torch.cat(state["queries"], 1), keys)
         if self.attends_to_cls:
@@ -184,7 +184,7 @@ class Descriptor(nn.Module):
 
     def forward(self, z_t, disc, hard=False, attention=False):
         """z_t (B, N+1, d) -> Sequence. The embedding of each symbol *after* discretisation is the
-        next input, in training and in evaluation alike (our choice: nothing to force exists)."""
+        next input, in training and in evaluation alike (there are no targets to force)."""
         state, quantized = self.start_state(z_t), []
         x = self.start.expand(len(z_t), -1)                                     # (B, d)
         for t in range(self.length):
@@ -242,7 +242,7 @@ class Student(nn.Module):
         self.descriptor = self.descriptor_class(width, *args.descriptor, args.length)
         self.interpreter = Interpreter(width, *args.interpreter, args.length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
-            # PyTorch's own start is 1.7 times narrower: every image gets the same symbols
+            # Xavier: PyTorch's own start is narrower (1.7 times for square layers)
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)

@@ -1,5 +1,5 @@
-"""The recipe `stable`: the paper's networks, loss and learned discretizers, with what it takes to
-keep the symbols from collapsing. Everything in this project that is not the paper's is here:
+"""The recipe `stable`: the paper's transformer blocks, granular loss and kinds of discretizer, with
+what keeps the symbols from collapsing. (Our choices within `--recipe paper` are in README's table.)
 
     h_t = cls_pred_t - (e_1 + ... + e_(t-1))      the discretizer sees what is left of the CLS
     z_s^(n) = e_1 + ... + e_n + E_S(s[:n])        the interpreter corrects the sum of codewords
@@ -8,12 +8,15 @@ keep the symbols from collapsing. Everything in this project that is not the pap
    the patch tokens (`cls_pred`), and the discretizer chooses the codeword e_t for what the earlier
    codewords leave of it. Each position has a discretizer of its own, of any kind.
 2. Their codebooks start at residual k-means of the CLS tokens and then learn by gradient.
-3. The CLS is whitened (`fit_space`), so that no symbol encodes what neighbours do not share.
-4. P_S = P_T = k-means prototypes of the CLS that stay: an EMA of P_S loses what the student does
-   not express yet, so that the target becomes easy and the student no better.
+3. The CLS is whitened by its covariance within images, between augmented views, and by that of
+   x - mean(kNN(x)) (RCA with k-NN chunklets), projected to its principal components and
+   L2-normalised: directions that vary between views or neighbours count less.
+4. P_S = P_T = frozen k-means prototypes of the CLS instead of an MLP and its EMA.
 5. Feature regression: z_s and cls_pred must equal the CLS itself, by squared error.
+6. Training is straight-through, on one un-augmented view per image whose tokens are cached,
+   without centering, at a teacher temperature of 0.1.
 
-Each is an ablation row of RESULTS.md.
+RESULTS.md has ablations of those that have a flag.
 """
 import torch
 from torch import nn
@@ -28,7 +31,7 @@ KMEANS_ITERATIONS = 25
 FIT_IMAGES = 20000          # for whitening and k-means, at most
 RCA_IMAGES = 4000           # of these, whose neighbours (among all) are averaged
 WITHIN_IMAGES = 2000        # whose augmented views are compared
-WITHIN_RIDGE, RCA_RIDGE = 0.01, 0.1     # of the two whitenings; 0.001 to 0.1 gave the same
+WITHIN_RIDGE, RCA_RIDGE = 0.01, 0.1     # of the two whitenings
 
 
 # ---- what is fitted before the first step --------------------------------------------------------
@@ -62,8 +65,8 @@ def neighbour_means(y, neighbours, rows):
 
 
 def whitening(x, ridge):
-    """The symmetric (ZCA) matrix that makes the covariance of x (n, d), of mean 0, the identity, up
-    to a factor. ridge: share of the largest variance that is added to all."""
+    """x (n, d) of mean 0 and covariance C -> the symmetric (ZCA) matrix (C + ridge l I)^(-1/2), l
+    the largest eigenvalue of C."""
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     return axes * (variance + ridge * variance.max().clamp(min=1e-12)).rsqrt() @ axes.T
 
@@ -82,7 +85,7 @@ def match_codewords(directions, centroids):
 
 class KMeansPrototypes(nn.Module):
     """P_S and P_T: the logit of prototype c_k is <z, c_k> / mean |c|^2. Student and teacher share
-    the prototypes, which stay, so z_s must come to lie where the CLS does."""
+    the frozen prototypes, so z_s must come to lie where the CLS does."""
 
     def __init__(self, width, prototypes):
         super().__init__()
@@ -142,10 +145,9 @@ class StableStudent(Student):
         add("--codebook-lr", type=float, default=0.1,
             help="learning rate of codebooks that k-means started, as a share of --lr; 0: fixed")
         add("--neighbours", type=int, default=50,
-            help="whiten by the difference between an image and the mean of this many nearest "
-                 "ones; 0: off")
+            help="k of the k-NN chunklets of RCA; 0: no RCA (whitening by views stays)")
         add("--iterations", type=int, default=3,
-            help="of that, with neighbours in the space of the iteration before; 1 where the "
+            help="of RCA, with neighbours in the space of the iteration before; 1 where the "
                  "nearest are often of another class")
         add("--components", type=int, default=32,
             help="principal components that the space keeps; 0: all")
@@ -175,20 +177,21 @@ class StableStudent(Student):
     def preprocess(self, z_t):
         """z_t (B, N+1, d) -> patches of mean 0 and deviation 1, CLS whitened, of length d^0.5."""
         with torch.autocast(z_t.device.type, enabled=False):
-            cls = self.unit((z_t[:, :1].float() - self.mean[0]) @ self.whiten)
+            cls = self.l2_normalise((z_t[:, :1].float() - self.mean[0]) @ self.whiten)
             return torch.cat([cls, (z_t[:, 1:].float() - self.mean[1]) / self.std], 1)
 
     @staticmethod
-    def unit(y):
+    def l2_normalise(y):
         """L2-normalised to mean square 1: k-NN compares directions; lengths would cost symbols."""
         return F.normalize(y, dim=-1) * y.shape[-1] ** 0.5
 
     def interpret(self, embeddings):
-        """-> z_s (B, D, d): the sum of each prefix's codewords, corrected by the interpreter."""
+        """(B, T, d) -> z_s (B, D, d): the sum of each prefix's codewords, corrected by E_S."""
         sums = embeddings.cumsum(1)[:, [n - 1 for n in self.lengths]]
         return sums + self.interpreter(embeddings)
 
     def embed(self, ids):
+        """ids (B, T) -> each position's codewords (B, T, d)."""
         return torch.stack([d.codebook[i] for d, i in zip(self.disc, ids.T)], 1)
 
     def extra_loss(self, sequence, z_s, z_t):
@@ -205,19 +208,20 @@ class StableStudent(Student):
         """The space, the prototypes and the codebooks, from the teacher's tokens of training
         images. encode(n, augmented=False) -> z_t (n, N+1, d) of the first n (or all, if fewer)."""
         args = self.args
-        y = self.fit_space(encode)
+        y = self.fit_whitening(encode)
         neighbours = min(args.neighbours, len(y) // 10)
         for _ in range(args.iterations if neighbours else 0):
             difference = y[:RCA_IMAGES] - neighbour_means(y, neighbours, RCA_IMAGES)
             y = self.transform(y, whitening(difference, RCA_RIDGE))
         if args.components:
-            axes = torch.linalg.eigh(torch.cov(self.unit(y).T)).eigenvectors[:, -args.components:]
-            y = self.transform(y, axes @ axes.T)                            # largest: last
-        y = self.unit(y)
+            covariance = torch.cov(self.l2_normalise(y).T)
+            axes = torch.linalg.eigh(covariance).eigenvectors[:, -args.components:]     # ascending
+            y = self.transform(y, axes @ axes.T)
+        y = self.l2_normalise(y)
         self.projector.fit(y)
         self.fit_codebooks(y)
 
-    def fit_space(self, encode):
+    def fit_whitening(self, encode):
         """Whitens by the covariance within images, between two augmented views: what lasts counts.
         -> CLS of the images as they are, whitened, (n, d)."""
         views = torch.stack([encode(WITHIN_IMAGES, True) for _ in range(2)])    # (2, n, N+1, d)
@@ -228,7 +232,8 @@ class StableStudent(Student):
         return self.transform(y, whitening(views[0, :, 0] - views[1, :, 0], WITHIN_RIDGE))
 
     def transform(self, y, matrix):
-        """Space and y (n, d) in it, changed by a matrix (d, d), and to mean square 1 again."""
+        """Multiplies self.whiten and y (n, d) by `matrix` (d, d), scaled so that the product's
+        variance is 1 -> y."""
         matrix = matrix / ((y - y.mean(0)) @ matrix).square().mean().sqrt().clamp(min=1e-6)
         self.whiten.copy_(self.whiten @ matrix)
         return y @ matrix

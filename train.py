@@ -7,8 +7,8 @@
 
 One step (`training_step`), for B images in V augmented views:
 
-    z_t = E_T(x)          p_t = P_T(z_t[CLS])                   the frozen teacher
-    s   = D_S(z_t)        p_s^(n) = P_S(E_S(s[:n]))             n = 1, 2, 4, 8 symbols
+    z_t = E_T(x)          p_t = P_T(z_t[CLS])                   E_T is frozen, P_T the EMA of P_S
+    s   = D_S(z_t)        p_s^(n) = P_S(E_S(s_q[:n]))           n = 1, 2, 4, 8 symbols
     L   = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j)) + exploration terms
 
 Writes OUT/{config.json, metrics.jsonl, ckpt.pt}, and at the end the evaluation, OUT/results.json,
@@ -35,10 +35,10 @@ import visualize
 from progress import Progress, duration
 from tokens import TrainingTokens
 
-END_LR = 1e-5           # of the cosine: below it nothing moves any more
+END_LR = 1e-5           # of the cosine (our choice; DINO: 1e-6)
 CLIP = 2.0              # largest norm of the gradient (paper, section 3.3)
 STUDENT_TEMP = 0.1      # DINO's
-SAVE_MINUTES = 10       # between checkpoints within an epoch: as much is lost in a crash
+SAVE_MINUTES = 10       # between checkpoints within an epoch: the most that a crash loses
 LR_WARMUP = 0.1         # of all steps, linear (DINO: 10 of 100 epochs)
 TEACHER_WARMUP = 30     # epochs in which --teacher-temp reaches its end, at most (DINO)
 
@@ -46,7 +46,7 @@ TEACHER_WARMUP = 30     # epochs in which --teacher-temp reaches its end, at mos
 # ---- one step ------------------------------------------------------------------------------------
 
 def training_step(student, centering, z_t, temperature, args):
-    """The step above from z_t (V*B, N+1, d), preprocessed -> (loss, what the log wants)."""
+    """The step above from z_t (V*B, N+1, d), preprocessed -> (loss, values to log)."""
     v = args.views
     with torch.no_grad():
         logits_t = student.teacher_projector(z_t[:, 0]).unflatten(0, (v, -1))   # (V, B, P)
@@ -79,7 +79,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
         kind = torch.device(args.device).type
         self.scaler = torch.amp.GradScaler(kind, enabled=args.precision == "float16")
-        self.epoch, self.seconds = 0, 0.0               # finished; below: of the present epoch
+        self.epoch, self.seconds = 0, 0.0               # completed; below: within the present epoch
         self.step_in_epoch, self.elapsed = 0, 0.0
         self.sums = {}                                  # of the log's values since its last line
         self.steps_per_epoch = len(images) // args.batch_size
@@ -148,7 +148,7 @@ class Trainer:
                     start, end = time.time() - self.elapsed, self.next_line()
 
     def record(self):
-        """The log's next line; after an epoch's last step it also turns the page."""
+        """The log's next line; after an epoch's last step it also advances to the next epoch."""
         args, steps, end = self.args, self.steps_per_epoch, self.step_in_epoch
         count = self.sums.pop("steps")
         means = distributed.all_reduce_mean(torch.stack([*self.sums.values()]) / count).tolist()
