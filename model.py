@@ -227,7 +227,7 @@ class Interpreter(nn.Module):
 
 class Student(nn.Module):
     """Descriptor, discretizer, interpreter and projector of the paper, for a teacher of `width`.
-    args: train.py's flags. Another recipe subclasses this and changes what it must."""
+    args: train.py's flags. Recipes subclass this; any nn.Parameter is trained and saved."""
 
     descriptor_class = Descriptor
     defaults = {}                           # of flags, where they are not those of train.py
