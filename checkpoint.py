@@ -37,9 +37,9 @@ def write(path, write_to, previous=None):
         part.unlink(missing_ok=True)
         if not isinstance(error, (OSError, RuntimeError)):      # the second: torch.save, full disk
             raise
-        kept = "; the previous one is intact" if path.exists() else ""
+        note = "; the previous one is intact" if path.exists() else ""
         reason = str(error).splitlines()[0]
-        raise OSError(f"cannot write {path} ({reason}){kept}. Is the disk full?") from None
+        raise OSError(f"cannot write {path} ({reason}){note}. Is the disk full?") from None
     if previous and path.exists():
         os.replace(path, previous)                  # a crash here: see `load`
     os.replace(part, path)

@@ -159,11 +159,11 @@ def linear_probe(train_x, train_y, test_x, test_y, grid=L2_GRID, iterations=25, 
     x, test_x = x @ axes, test_x @ axes
 
     order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
-    held, kept = (entry[part.to(entry.device)].bincount(minlength=len(x)).float() / len(part)
+    held, fitted = (entry[part.to(entry.device)].bincount(minlength=len(x)).float() / len(part)
                   for part in order.tensor_split([max(1, len(order) // 10)]))
     model, fits = (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)), []
     for l2 in grid:
-        model = fit_logistic(x, y, kept, l2, model, iterations)
+        model = fit_logistic(x, y, fitted, l2, model, iterations)
         error = held @ F.cross_entropy(F.linear(x, *model), y, reduction="none")
         fits.append((error.item(), l2, model))
     _, l2, model = min(fits, key=lambda fit: fit[0])    # equal ones: the earlier, stronger decay

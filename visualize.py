@@ -56,10 +56,10 @@ class Sheet:
     def text(self, x, y, text, size=13, fill=INK, align="l", room=WIDTH):
         """At height y, from x rightwards (align "l"), around x ("m") or up to x ("r"). Text wider
         than `room` is cut short."""
-        font, kept = ImageFont.load_default(size * self.SCALE), text
-        while kept and font.getlength(text) > room * self.SCALE:
-            kept = kept[:-1]
-            text = kept + "..."
+        font, shortened = ImageFont.load_default(size * self.SCALE), text
+        while shortened and font.getlength(text) > room * self.SCALE:
+            shortened = shortened[:-1]
+            text = shortened + "..."
         self.draw.text((x * self.SCALE, y * self.SCALE), text, fill, font, align + "m")
 
     def save(self, path):

@@ -122,16 +122,16 @@ def stop(*_):
 def start(name, seed, threads):
     """Runs or resumes one experiment and copies what it wrote -> why it failed, or None."""
     run, begin = f"{name}-s{seed}", time.time()
-    out, kept, log = RUNS / run, RESULTS / run, RUNS / f"{run}.log"
+    out, destination, log = RUNS / run, RESULTS / run, RUNS / f"{run}.log"
     one_file = "extras.baselines" in EXPERIMENTS[name]
-    done = RESULTS / f"{run}.json" if one_file else kept / "results.json"
+    done = RESULTS / f"{run}.json" if one_file else destination / "results.json"
     if done.exists():
         return print(f"{run}: done before")
     where = os.path.relpath(done if one_file else out, ROOT)    # relative: it ends in config.json
     command = [sys.executable, *EXPERIMENTS[name].format(seed=seed).split(), "--seed", str(seed),
                "--json" if one_file else "--out", where, *["--resume"] * any(out.glob("ckpt*.pt"))]
     try:
-        for folder in (log.parent, kept.parent):
+        for folder in (log.parent, destination.parent):
             folder.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as file, subprocess.Popen(
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
@@ -143,8 +143,8 @@ def start(name, seed, threads):
             last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
             raise OSError(f"exit code {code}: {last} (log: {os.path.relpath(log, ROOT)})")
         for file in () if one_file else ("config.json", "metrics.jsonl", "results.json"):
-            kept.mkdir(exist_ok=True)
-            checkpoint.write(kept / file, lambda part: shutil.copy(out / file, part))
+            destination.mkdir(exist_ok=True)
+            checkpoint.write(destination / file, lambda part: shutil.copy(out / file, part))
     except OSError as error:
         print(f"{run}: failed", flush=True)
         return f"{run}: {error}"
@@ -180,10 +180,10 @@ def run(patterns, seeds, jobs):
 NEW = """# Results
 
 Written by `python -m extras.experiments table --write` from the files in results/: what stands
-between two marks is replaced, what stands around them is kept.
+between two marks is replaced, what stands around them stays.
 
-raw: 1, 2, 4, 8 is the relative k-NN accuracy of as many symbols: k-NN top-1 divided by that of the
-teacher's raw CLS; space: divided by that of the CLS in the student's own space. Figures without a
+raw: 1, 2, 4, 8 is the relative k-NN accuracy of 1, 2, 4, 8 symbols: k-NN top-1 divided by that of
+the raw CLS; space: divided by that of the CLS in the student's own space. Figures without a
 number are of 8 symbols. ± is the standard deviation over seeds, [ ] a 95 % interval.
 """
 
@@ -203,14 +203,14 @@ def sections(rows):
     """Heading -> the text of that section of RESULTS.md."""
     texts = {}
     for data, label in LABELS.items():
-        mine = [r for r in rows if r["data"] == data]
+        part = [r for r in rows if r["data"] == data]
         names = {"the teacher": ["cls", "cls-space"]} | TABLES
-        names["other runs"] = sorted({r["experiment"] for r in mine}.difference(*names.values()))
+        names["other runs"] = sorted({r["experiment"] for r in part}.difference(*names.values()))
         for title, table in names.items():
             texts[f"{label}: {title}"] = tables.accuracy_table(
-                mine, {name: name for name in table}, tables.COLUMNS)
-        texts[f"{label}: paired differences"] = tables.paired_table(mine, [*pairs()])
-        machines = Counter(f"{r['hardware']}, {r['precision']}" for r in mine if r["symbols"] == 8)
+                part, {name: name for name in table}, tables.COLUMNS)
+        texts[f"{label}: paired differences"] = tables.paired_table(part, [*pairs()])
+        machines = Counter(f"{r['hardware']}, {r['precision']}" for r in part if r["symbols"] == 8)
         texts[f"{label}: hardware"] = "".join(f"- {n} runs: {x}\n" for x, n in machines.items())
     return texts | {"Speed of a training step": tables.speed_table(RESULTS)}
 
@@ -218,15 +218,15 @@ def sections(rows):
 def readme_tables(rows):
     """Data set -> its table in README.md, where anything of it was run."""
     for data, label in LABELS.items():
-        mine, vocab = [r for r in rows if r["data"] == data], max(VOCABS[data])
+        part, vocab = [r for r in rows if r["data"] == data], max(VOCABS[data])
         names = {"CLS of the teacher": "cls", "CLS in the student's space": "cls-space",
                  "residual k-means of the CLS": f"kmeans-{vocab}",
                  "residual k-means in the student's space": f"kmeans-{vocab}-space",
                  "VQ-VAE": f"vqvae-{vocab}"} | {
             f"`{recipe}`, {disc}": f"{recipe}-{disc}-{vocab}"
             for recipe in RECIPES for disc in DISCS}
-        if mine:
-            text = tables.accuracy_table(mine, names, tables.README_COLUMNS)
+        if part:
+            text = tables.accuracy_table(part, names, tables.README_COLUMNS)
             yield data, (
                 f"{label}, vocabulary of {vocab}. Accuracies are of 8 symbols; raw and space are "
                 "the relative k-NN accuracy of 1, 2, 4, 8 symbols, against the raw CLS and the CLS "

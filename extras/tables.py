@@ -175,13 +175,13 @@ def fill(path, texts, new=None):
     """Writes each text between its two marks in the file; everything else stays. new: what a file
     begins with that is missing or has no such marks yet, which are then added with a heading.
     Raises ValueError, and leaves the file as it was, where marks are missing."""
-    whole = path.read_text() if path.exists() else new or ""
+    page = path.read_text() if path.exists() else new or ""
     for name, text in texts.items():
         start, end = f"<!-- table: {name} -->", f"<!-- end of table: {name} -->"
-        if new and start not in whole and end not in whole:
-            whole += f"\n## {name}\n\n{start}\n{end}\n"
-        if not whole.count(start) == whole.count(end) == 1 or whole.find(start) > whole.find(end):
+        if new and start not in page and end not in page:
+            page += f"\n## {name}\n\n{start}\n{end}\n"
+        if not page.count(start) == page.count(end) == 1 or page.find(start) > page.find(end):
             raise ValueError(f"{path.name} must hold, once and in this order: {start} {end}")
-        before, rest = whole.split(start)
-        whole = f"{before}{start}\n\n{text}\n{end}{rest.split(end)[1]}"
-    checkpoint.write(path, lambda part: part.write_text(whole))
+        before, rest = page.split(start)
+        page = f"{before}{start}\n\n{text}\n{end}{rest.split(end)[1]}"
+    checkpoint.write(path, lambda part: part.write_text(page))
