@@ -55,7 +55,7 @@ class Discretizer(nn.Module):
         # a --tau alone is constant
         start = self.default_tau_start if args.tau is None else self.final_tau
         self.tau = self.start_tau = start if args.tau_start is None else args.tau_start
-        if not min(self.final_tau, self.start_tau) > 0:
+        if not (self.final_tau > 0 and self.start_tau > 0):
             raise ValueError("--tau and --tau-start must be above 0")
 
     def forward(self, h, hard=False):

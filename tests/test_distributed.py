@@ -166,7 +166,8 @@ def learn(file, name, words):
     # one view: of several, the noise of a process is for other rows than it has in one process
     "--recipe paper --disc gumbel --centering sinkhorn --views 1", "--recipe paper --disc vq",
     "--recipe stable --views 2 --cache-views 3"])
-def test_two_processes_learn_what_one_does(tiny, tmp_path, forkserver, monkeypatch, unscored, words):
+def test_two_processes_learn_what_one_does(tiny, tmp_path, forkserver, monkeypatch, unscored,
+                                           words):
     """Slowly: symbols are chosen by comparison, and another order of a sum may change one."""
     words = tiny(*words.split(), "--epochs", "5", "--lr", "2e-4")
     alone, step = [], train.Trainer.step
@@ -194,7 +195,8 @@ def test_pretraining_with_two_processes(tmp_path, forkserver, monkeypatch):
     monkeypatch.setattr(data, "load", random_images)
     monkeypatch.setitem(benchmark.PRODUCT_SIDE, "cpu", 64)
     pretrain.run(pretrain.parse([*words, "--out", str(tmp_path / "alone")]))
-    results(forkserver, tmp_path, learn, "extras.pretrain", [*words, "--out", str(tmp_path / "run")])
+    both = [*words, "--out", str(tmp_path / "run")]
+    results(forkserver, tmp_path, learn, "extras.pretrain", both)
     alone, run = ([json.loads(line) for line in open(tmp_path / out / "metrics.jsonl")]
                   for out in ("alone", "run"))
     for key in ("loss", "teacher_entropy"):

@@ -265,7 +265,7 @@ def test_the_last_layer_rests_where_there_is_one_to_learn():
     learned.prototypes, learned.other = (nn.Parameter(torch.ones(2)) for _ in range(2))
     (learned.prototypes + learned.other).sum().backward()
     losses.cancel_last_layer_gradient(learned)
-    losses.cancel_last_layer_gradient(fixed)                            # k-means prototypes: nothing
+    losses.cancel_last_layer_gradient(fixed)                        # k-means prototypes: nothing
     assert learned.prototypes.grad is None and learned.other.grad is not None
 
 

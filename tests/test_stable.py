@@ -59,6 +59,20 @@ def test_the_descriptor_cannot_see_the_cls_it_predicts():
     assert not close(student.describe(other).cls_pred, a.cls_pred, 1e-2)
 
 
+@pytest.mark.parametrize("disc", list(discretize.DISCRETIZERS))
+def test_no_gradient_passes_from_a_position_through_earlier_codewords(disc):
+    student = make_student(*FLAGS, "--disc", disc)
+    sequence = student.describe(torch.randn(B, N + 1, D))
+    sequence.logits[:, 3, 0].sum().backward(retain_graph=True)
+    touched = [any(p.grad is not None and p.grad.any() for p in d.parameters())
+               for d in student.disc]
+    assert touched == [t == 3 for t in range(T)]
+    student.zero_grad()
+    sequence.embeddings[:, 0].sum().backward()              # the interpreter's gradient does pass
+    learned = student.disc[0].codebook if disc != "vq" else student.descriptor.cls_head.weight
+    assert learned.grad.abs().sum() > 0
+
+
 @torch.no_grad()
 def test_interpret_is_the_sum_of_codewords_and_a_correction():
     student, e = make_student(*FLAGS), torch.randn(B, T, D)
@@ -167,7 +181,7 @@ def test_match_codewords_orders_by_direction():
     directions, shuffled = torch.randn(20, D), torch.randperm(20)
     scaled = directions * torch.linspace(0.1, 9, 20)[:, None] + 0.01 * torch.randn(20, D)
     assert torch.equal(stable.match_codewords(directions, scaled[shuffled]), scaled)
-    tied = torch.eye(D)[:1].expand(4, -1)       # all alike, or of no direction: each once all the same
+    tied = torch.eye(D)[:1].expand(4, -1)       # all alike, or of no direction: each once
     for others in (tied, 0 * tied, torch.randn(4, D)):
         matched = stable.match_codewords(tied, others)
         assert torch.equal(matched.sort(0).values, others.sort(0).values)
@@ -297,9 +311,9 @@ def test_a_symbol_points_the_same_way_at_every_position():
     pairs = (3 * axes[:, None] + axes).flatten(0, 1)                        # (16, D)
     y = pairs.repeat(10, 1) + 1e-4 * torch.randn(160, D)
     best = 0
-    for _ in range(20):                                                     # k-means may start badly
+    for _ in range(20):                                             # k-means may start badly
         student = make_student(*FLAGS, "--vocab", "4", "--length", "2")
         student.fit_codebooks(y)
         first, second = (F.normalize(d.codebook, dim=1) for d in student.disc)
         best = max(best, (first * second).sum(1).min().item())
-    assert best > 0.5                                   # of pairs that do not belong together: below 0
+    assert best > 0.5                               # of pairs that do not belong together: below 0

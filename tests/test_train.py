@@ -211,7 +211,10 @@ def test_the_test_split_plays_no_part_in_training(tiny, monkeypatch):
     ("--teacher-temp 0 1", "--teacher-temp must"), ("--descriptor 1x5", "5 heads do not divide"),
     ("--interpreter 1x5", "5 heads do not divide"), ("--device tpu9", "--device"),
     ("--precision float16", "float16 is for GPUs"), ("--storage stream", "--storage stream is for"),
-    ("--knn-every -1", "--knn-every"), ("--knn-every nan", "--knn-every"), ("--resume", "no file")])
+    ("--knn-every -1", "--knn-every"), ("--knn-every nan", "--knn-every"),
+    ("--cache-views -1", "--cache-views must not be below 0"),
+    ("--disc vq --explore info", "does nothing with --disc vq"),
+    ("--pairing cross", "--pairing cross needs other views"), ("--resume", "no file")])
 def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, flag, words):
     assert words in refusal(monkeypatch, tiny(*flag.split()))
     assert not (tmp_path / "run" / "ckpt.pt").exists()
