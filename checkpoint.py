@@ -148,7 +148,7 @@ def init_run_dir(args, trainer, fresh):
     write_json(args.out / "config.json", config)
 
 
-COUNTERS = ("epoch", "seconds", "step_in_epoch", "elapsed", "sums")     # of a train.Trainer
+PROGRESS = ("epoch", "seconds", "step_in_epoch", "elapsed", "totals")   # of a train.Trainer
 MODULES = ("student", "centering", "optimizer", "scaler")               # with a state_dict
 
 
@@ -160,17 +160,17 @@ def state_of(trainer):
         rng["cuda"] = torch.cuda.get_rng_state(trainer.args.device)
     state = {"config": config_of(trainer.args), "teacher": trainer.teacher.state_dict(), "rng": rng}
     state |= {name: getattr(trainer, name).state_dict() for name in MODULES}
-    return state | {name: getattr(trainer, name) for name in COUNTERS}
+    return state | {name: getattr(trainer, name) for name in PROGRESS}
 
 
 def restore(trainer, state):
     """`state_of` back into a new Trainer of the same flags, and PyTorch's random state with it."""
     for name in MODULES:
         getattr(trainer, name).load_state_dict(state[name])
-    for name in COUNTERS:
+    for name in PROGRESS:
         setattr(trainer, name, state[name])
     device = trainer.args.device
-    trainer.sums = {name: value.to(device) for name, value in trainer.sums.items()}
+    trainer.totals = {name: value.to(device) for name, value in trainer.totals.items()}
     torch.set_rng_state(state["rng"]["cpu"])
     if "cuda" in state["rng"]:
         torch.cuda.set_rng_state(state["rng"]["cuda"], device)

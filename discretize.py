@@ -1,6 +1,6 @@
 """Discretizers: the decoder's output becomes one of K symbols, and gradients still pass (3.2).
 
-    softmax   s_q = softmax(W h / tau)                         a mixture, sharp for a small tau
+    softmax   s_q = softmax(W h / tau)                         soft, sharp for a small tau
     gumbel    s_q = softmax((W h + g) / tau), g ~ Gumbel(0,1)  a soft sample; noise in training only
     vq        s_q = argmin_k |h - e_k|                         nearest code, gradient copied past it
 
@@ -25,8 +25,8 @@ import distributed
 # = K / 3: not uniform (all images embed to one mean vector), not one-hot (no other symbol gets a
 # gradient). Our choice: the paper names none.
 SPREAD = 1.5
-# As the positions, which share the next transformer's input: neither drowns the other.
-TABLE_STD = 0.3
+# As the positions, with which it is added up: both have equal variance.
+EMBEDDING_STD = 0.3
 
 
 class Quantized(NamedTuple):
@@ -96,13 +96,13 @@ class Softmax(Discretizer):
         divisor = self.tau if self.logits_use_tau else 1.0
         nn.init.normal_(self.to_logits.weight, std=SPREAD * divisor / math.sqrt(width))
         nn.init.zeros_(self.to_logits.bias)
-        self.codebook = nn.Parameter(TABLE_STD * torch.randn(vocab, width))     # (K, d)
+        self.codebook = nn.Parameter(EMBEDDING_STD * torch.randn(vocab, width))     # (K, d)
 
     def logits(self, h):
         return self.to_logits(h) / (self.tau if self.logits_use_tau else 1.0)
 
     def soft_assignment(self, logits):
-        """(B, K) -> (B, K), the mixture that carries the gradient."""
+        """(B, K) -> (B, K), the soft assignment that carries the gradient."""
         return logits.softmax(-1)
 
     def choose(self, logits, h, hard):

@@ -85,7 +85,7 @@ def discretizer_flags(add):
         help="temperature at step 0, annealed exponentially to --tau; not given: --tau, and where "
              "that is not given either 2 for gumbel. Raise when few symbols survive the start")
     add("--straight-through", action=argparse.BooleanOptionalAction, default=False,
-        help="one-hot forward, soft gradient; no: soft mixtures in training, as in the paper, "
+        help="one-hot forward, soft gradient; no: soft assignments in training, as in the paper, "
              "whose soft figures exceed hard ones")
     add("--vq-beta", type=float, default=0.25, help="weight of vq's commitment loss. Raise when "
         "the decoder's vectors run away from the codes")

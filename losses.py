@@ -68,7 +68,7 @@ def ema_update(target, source, momentum):
 
 # ---- the DINO loss -------------------------------------------------------------------------------
 
-def pair_views(p_t, views, pairing):
+def view_targets(p_t, views, pairing):
     """The target of each student view: (V, B, P) -> (views, B, P).
 
     same (or V = 1): the target of view i is that of view i, as in the paper's formula.
@@ -95,7 +95,7 @@ def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
     Divided by the sum of the lambda^j, so that lambda moves weight between granularities without
     changing the learning rate; mean over views. (Both our choice.)
     """
-    entropies = cross_entropy(pair_views(p_t, logits.shape[1], pairing), logits, temperature)
+    entropies = cross_entropy(view_targets(p_t, logits.shape[1], pairing), logits, temperature)
     weights = lam ** torch.arange(1, len(logits) + 1, device=logits.device, dtype=torch.float)
     # a sum and not a matrix product, which autocast would round to bfloat16's three digits
     return (weights * entropies.mean(1)).sum() / weights.sum()
@@ -105,7 +105,7 @@ def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
 def joint_kl(p_t, logits, temperature, pairing):
     """KL(p_t, p_s) of the first view in nats, with the paper's joint distribution p_s = sum_n
     p_s^(n), normalised (section 3.2). For the log: nothing is trained on it."""
-    target = pair_views(p_t, logits.shape[1], pairing)[0]                       # (B, P)
+    target = view_targets(p_t, logits.shape[1], pairing)[0]                       # (B, P)
     joint = (logits[:, 0].float() / temperature).softmax(-1).mean(0)
     return (target * (target.clamp(min=1e-12) / joint.clamp(min=1e-12)).log()).sum(-1).mean()
 
@@ -189,7 +189,7 @@ def main():
     p_t = Centering(6, "center")(torch.randn(2, 3, 6), 0.5)
     logits, lam = torch.randn(4, 2, 3, 6) * 0.1, 0.5
     print(f"V = 2 views, B = 3 images, P = 6 prototypes, D = 4 prefixes, lambda = {lam}")
-    for j, row in enumerate(cross_entropy(pair_views(p_t, 2, "same"), logits, 0.1).tolist(), 1):
+    for j, row in enumerate(cross_entropy(view_targets(p_t, 2, "same"), logits, 0.1).tolist(), 1):
         print(f"prefix of {2 ** (j - 1)} symbol(s)  lambda^{j} = {lam ** j:<6}  H(p_t, p_s) of "
               f"each view: {row[0]:.3f}  {row[1]:.3f}")
     print(f"L = {granular_dino_loss(p_t, logits, lam, 0.1, 'same'):.3f}, their mean with these "

@@ -52,7 +52,7 @@ class DINOHead(nn.Module):
 # ---- student: D_S, discretizer, E_S, P_S ---------------------------------------------------------
 
 # Standard deviation of start token, CLS and positions at initialisation: that of the symbols'
-# embeddings (discretize.TABLE_STD), so that both have equal variance (vq's codebook: 1).
+# embeddings (discretize.EMBEDDING_STD), so that both have equal variance (vq's codebook: 1).
 START_STD = 0.3
 
 

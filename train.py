@@ -81,7 +81,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(kind, enabled=args.precision == "float16")
         self.epoch, self.seconds = 0, 0.0               # completed; below: within the present epoch
         self.step_in_epoch, self.elapsed = 0, 0.0
-        self.sums = {}                                  # of the log's values since its last line
+        self.totals = {}                                  # of the log's values since its last line
         self.steps_per_epoch = len(images) // args.batch_size
         self.steps = self.steps_per_epoch * args.epochs
         if not self.steps:
@@ -134,7 +134,7 @@ class Trainer:
             for z_t in batches:
                 self.student.train()
                 log = self.step(z_t, first + self.step_in_epoch) | {"steps": torch.ones(())}
-                self.sums = {name: self.sums.get(name, 0) + value for name, value in log.items()}
+                self.totals = {k: self.totals.get(k, 0) + v for k, v in log.items()}
                 self.step_in_epoch += 1
                 self.elapsed = time.time() - start
                 save = self.step_in_epoch < end and manager.should_save()
@@ -150,14 +150,14 @@ class Trainer:
     def record(self):
         """The log's next line; after an epoch's last step it also advances to the next epoch."""
         args, steps, end = self.args, self.steps_per_epoch, self.step_in_epoch
-        count = self.sums.pop("steps")
-        means = distributed.all_reduce_mean(torch.stack([*self.sums.values()]) / count).tolist()
+        count = self.totals.pop("steps")
+        means = distributed.all_reduce_mean(torch.stack([*self.totals.values()]) / count).tolist()
         record = {"epoch": self.epoch + end / steps, "step": self.epoch * steps + end,
                   "seconds": round(self.seconds + self.elapsed, 2),
                   "images_per_s": round(end * args.batch_size / self.elapsed, 1),
                   "lr": self.optimizer.param_groups[0]["lr"],
-                  "teacher_entropy_max": math.log(args.prototypes), **dict(zip(self.sums, means))}
-        self.sums = {}
+                  "teacher_entropy_max": math.log(args.prototypes), **dict(zip(self.totals, means))}
+        self.totals = {}
         if end == steps:
             self.epoch, self.seconds = self.epoch + 1, self.seconds + self.elapsed
             self.step_in_epoch, self.elapsed = 0, 0.0
@@ -165,7 +165,7 @@ class Trainer:
 
     def check_finite(self):
         """Raises FloatingPointError when the loss or a weight is not finite."""
-        loss = (self.sums["loss"] / self.sums["steps"]).item()
+        loss = (self.totals["loss"] / self.totals["steps"]).item()
         if not (math.isfinite(loss) and all(p.isfinite().all() for p in self.student.parameters())):
             raise FloatingPointError(
                 f"the loss is {loss} in epoch {self.epoch + 1}, or a weight is not finite; "

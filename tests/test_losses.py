@@ -41,7 +41,7 @@ SHORT_LONG = {"cross": (1.5 * LN2, math.log(5 / 3)),
 
 def entropies(p_t, logits, pairing, temperature=0.1):
     """(D, views): the cross-entropies that `granular_dino_loss` averages."""
-    targets = losses.pair_views(p_t, logits.shape[1], pairing)
+    targets = losses.view_targets(p_t, logits.shape[1], pairing)
     return losses.cross_entropy(targets, logits, temperature)
 
 
