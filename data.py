@@ -72,7 +72,7 @@ class ImageSet:
 
     def fingerprint(self):
         """A line that differs if the images do: a hash of the labels and, for folders, of names
-        and sizes of the files, which says the same in memory and streamed; else of some pixels."""
+        and sizes of the files, which is the same in memory and streamed; else of some pixels."""
         if self.files:
             content = self.files.names_and_sizes()
         else:
@@ -136,7 +136,7 @@ def free_memory():
 
 
 def fits_in_memory(what, n, side, storage):
-    """Whether n images go into memory, and a printed line that says why: `storage` demands it, or
+    """Whether n images go into memory, and a printed line with the reason: `storage` demands it, or
     is "auto" and the copies of all processes take no more than half of the free memory (the other
     half is for the copies that subsets make)."""
     processes = distributed.world_size()

@@ -86,13 +86,13 @@ class Softmax(Discretizer):
     """Low-temperature softmax (3.2, item 1), with an optional straight-through one-hot."""
 
     logits_use_tau = True             # the logits are W h / tau
-    init_sharpness = 1.0        # deviation of W h after `init_codebook`: of the logits, 1 / tau
+    init_sharpness = 1.0        # std of W h after `init_codebook`: of the logits, 1 / tau
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
         self.straight_through = args.straight_through
         self.to_logits = nn.Linear(width, vocab)
-        # for h of unit variance (paper: it leaves a BatchNorm) the logits have deviation SPREAD
+        # for h of unit variance (paper: it leaves a BatchNorm) the logits have std SPREAD
         divisor = self.tau if self.logits_use_tau else 1.0
         nn.init.normal_(self.to_logits.weight, std=SPREAD * divisor / math.sqrt(width))
         nn.init.zeros_(self.to_logits.bias)
@@ -133,7 +133,7 @@ class Gumbel(Softmax):
 
     default_tau_start, default_tau = 2.0, 0.5       # annealed: the base strategy of section 3.4
     logits_use_tau = False            # they are W h
-    init_sharpness = 30.0       # of the logits; the noise has deviation 1.28
+    init_sharpness = 30.0       # of the logits; the noise has std 1.28
 
     def soft_assignment(self, logits):
         if self.training:

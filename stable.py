@@ -175,7 +175,7 @@ class StableStudent(Student):
         return projector, projector
 
     def preprocess(self, z_t):
-        """z_t (B, N+1, d) -> patches of mean 0 and deviation 1, CLS whitened, of length d^0.5."""
+        """z_t (B, N+1, d) -> patches of mean 0 and std 1, CLS whitened, of length d^0.5."""
         with torch.autocast(z_t.device.type, enabled=False):
             cls = self.l2_normalise((z_t[:, :1].float() - self.mean[0]) @ self.whiten)
             return torch.cat([cls, (z_t[:, 1:].float() - self.mean[1]) / self.std], 1)

@@ -160,7 +160,7 @@ SPECIFIC = ("the symbol most specific to one class, among those of at least 1 % 
 
 def specific_symbol(ids, labels):
     """ids (n, T), labels (n,), -1 = none -> SPECIFIC: the symbol whose images are most often of a
-    single class. Our choice, as the paper does not say how it found 279; a rare symbol can look
+    single class. Our choice, as the paper does not state how it found 279; a rare symbol can look
     specific by chance, hence the 1 %."""
     emitted = torch.zeros(len(ids), int(ids.max()) + 1).scatter_(1, ids, 1.0)   # (n, K) 0 or 1
     uses, known = emitted.sum(0), labels >= 0

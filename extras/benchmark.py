@@ -40,7 +40,7 @@ from extras.probe_teacher import check_folder
 from progress import Progress
 
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}                  # of the large matrix product
-CPU_ATTENTION = {                                           # FlopCounterMode knows the GPUs' alone
+CPU_ATTENTION = {                                           # FlopCounterMode has the GPUs' alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -221,7 +221,7 @@ def build(args):
     flags.check(args)
     torch.manual_seed(args.seed)
     teacher = teachers.load_teacher(args.teacher).to(args.device)
-    if args.image_size != teacher.image_size:               # torchvision's forward knows no other
+    if args.image_size != teacher.image_size:               # torchvision's forward takes no other
         raise ValueError(f"--image-size must be the teacher's, {teacher.image_size} pixels")
     student = checkpoint.STUDENTS[args.recipe](args, teacher.width).to(args.device).train()
     for centroids in student.projector.buffers():           # of k-means, which does not run here
