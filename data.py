@@ -259,8 +259,8 @@ class Augment:
     def rand(self, x):
         if not self.part:
             return torch.rand(len(x), device=x.device)
-        everyones = torch.rand(distributed.world_size() * len(x), device=x.device)
-        return distributed.shard(everyones, self.part)
+        of_all_ranks = torch.rand(distributed.world_size() * len(x), device=x.device)
+        return distributed.shard(of_all_ranks, self.part)
 
     def uniform(self, x, low, high):
         return low + (high - low) * self.rand(x)

@@ -45,7 +45,7 @@ def test_contract(name, hard, straight_through, training):
     if hard or straight_through or name == "vq":
         assert torch.equal(weights, F.one_hot(ids, VOCAB).float())
     else:
-        assert (weights.max(-1).values < 0.99).any()            # a mixture
+        assert (weights.max(-1).values < 0.99).any()            # soft
 
 
 @pytest.mark.parametrize("name", NAMES)
