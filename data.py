@@ -1,7 +1,7 @@
-"""Images: folders, public data sets, the drawn `shapes`, and augmented views of them.
+"""Images: folders, public data sets, the drawn `shapes` and `scenes`, and augmented views of them.
 
     python data.py                          # draws 8 images of `shapes` and their views: data.png
-    python data.py folder:PATH              # the same for a folder, or for cifar10, cifar100, stl10
+    python data.py folder:PATH      # the same for a folder, or for scenes, cifar10, cifar100, stl10
 
 Images are (n, 3, H, W) uint8. They are in memory or, where a folder does not fit, streamed by
 worker processes; both give the same images in the same order. A batch becomes float on the training
@@ -20,6 +20,7 @@ from torchvision import datasets
 from torchvision.utils import save_image
 
 import distributed
+import scenes
 import shapes
 from folder import ImageFiles, image_size, list_folder, read_image  # noqa: F401
 
@@ -34,8 +35,9 @@ class ImageSet:
     images: torch.Tensor | None                     # (n, 3, H, W) uint8; None where streamed
     labels: torch.Tensor                            # (n,) int64, -1 for an image without a class
     classes: list
-    factors: dict = field(default_factory=dict)     # `shapes` only: name -> (n,) int64
-    masks: torch.Tensor | None = None               # `shapes` only: (n, H, W) bool, True on object
+    factors: dict = field(default_factory=dict)     # `shapes`: name -> (n,) int64; `scenes`: (n, 4)
+    masks: torch.Tensor | None = None               # (n, H, W), `shapes`: bool, True on the object;
+                                                    # `scenes`: uint8, k on object k, 0 beside them
     files: "ImageFiles | None" = None               # folders only
 
     def __len__(self):
@@ -179,8 +181,8 @@ def image_count(text):
 
 
 def load(name, split, size, limit=None, seed=0, storage="auto"):
-    """The data set `name` (shapes, cifar10, cifar100, stl10 or folder:PATH), split train or test,
-    as an ImageSet of at most `limit` images. storage: `memory`, `stream` or `auto`, see
+    """The data set `name` (shapes, scenes, cifar10, cifar100, stl10 or folder:PATH), split train or
+    test, as an ImageSet of at most `limit` images. storage: `memory`, `stream` or `auto`, see
     `fits_in_memory`. Raises ValueError for an unknown name, OSError for what cannot be had; both
     say what to do."""
     if name.startswith("folder:"):
@@ -190,9 +192,12 @@ def load(name, split, size, limit=None, seed=0, storage="auto"):
     if name == "shapes":
         images, factors, masks = shapes.load(split, limit, seed)
         return ImageSet(images, factors["shape"], shapes.FACTORS["shape"], factors, masks)
+    if name == "scenes":                        # class: the shape of the largest object, the first
+        images, factors, masks = scenes.load(split, limit, seed)
+        return ImageSet(images, factors["shape"][:, 0], scenes.FACTORS["shape"], factors, masks)
     if name in PUBLIC:
         return load_public(name, split, limit, seed)
-    raise ValueError(f"unknown data set {name!r}; choose shapes, {', '.join(PUBLIC)} "
+    raise ValueError(f"unknown data set {name!r}; choose shapes, scenes, {', '.join(PUBLIC)} "
                      "or folder:PATH")
 
 
@@ -324,6 +329,10 @@ class Augment:
 AUGMENT = {
     "shapes": Augment(crop=(0.7, 1.0), flip=0, jitter=1, strength=(0.4, 0.4, 0.8, 0.5), grey=0,
                       blur=0, solarise=0),
+    # Colours name the objects of a scene, so the hue moves little; flips and crops, because the
+    # layout of a scene would otherwise be the cheapest thing for two views to agree on
+    "scenes": Augment(crop=(0.5, 1.0), jitter=1, strength=(0.4, 0.4, 0.8, 0.08), grey=0, blur=0,
+                      solarise=0),
     "photographs": Augment(),
     # Our choice: at 32 px there is no detail to blur away, and solarised cats help nobody
     "small photographs": Augment(crop=(0.25, 1.0), blur=0, solarise=0),

@@ -16,7 +16,9 @@ import discretize
 import distributed
 import precision
 
-# What a size changes in the flags' defaults.
+# What a data set, and after it a size, changes in the flags' defaults.
+DATA = {"scenes": dict(teacher="scenes", image_size=48)}
+
 SIZES = {
     "small": {},
     "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None,
@@ -39,7 +41,8 @@ def network_shape(text):
 
 def data_flags(add):
     add("--data", default="shapes",
-        help="shapes (drawn by shapes.py), cifar10, cifar100, stl10 or folder:PATH")
+        help="shapes or scenes (drawn; scenes has a teacher and --image-size of its own), cifar10, "
+             "cifar100, stl10 or folder:PATH")
     add("--train-images", type=data.image_count, default=20000,
         help="at most this many, or all; fewer: shorter epochs")
     add("--test-images", type=data.image_count, default=5000,
@@ -150,7 +153,8 @@ def parse(argv=None, description=__doc__):
     for name, student in checkpoint.STUDENTS.items():
         student.add_flags(p.add_argument_group(f"only with --recipe {name}").add_argument)
     first = p.parse_known_args(argv)[0]
-    p.set_defaults(**checkpoint.STUDENTS[first.recipe].defaults | SIZES[first.size])
+    p.set_defaults(**checkpoint.STUDENTS[first.recipe].defaults | DATA.get(first.data, {})
+                   | SIZES[first.size])
     return p.parse_args(argv)
 
 

@@ -64,23 +64,23 @@ def hsv_to_rgb(hue, saturation, value):
     return rgb[..., None, None]
 
 
-def random_numbers(indices, seed):
-    """The randomness of n images -> u (24, n) float in [0, 1), noise (n, 3, 32, 32) uint8.
+def random_numbers(indices, seed, count=24, side=SIDE):
+    """The randomness of n images -> u (count, n) float in [0, 1), noise (n, 3, side, side) uint8.
 
     Philox is a counter-based generator whose raw output numpy guarantees to be the same on every
     machine and in every version.
     """
-    raw = np.stack([np.random.Philox(key=[seed, int(i)]).random_raw(24 + 3 * SIDE * SIDE // 8)
+    raw = np.stack([np.random.Philox(key=[seed, int(i)]).random_raw(count + 3 * side * side // 8)
                     for i in indices])
-    u = (raw[:, :24] >> np.uint64(40)).astype(np.float32) / 2**24
-    noise = np.ascontiguousarray(raw[:, 24:]).view(np.uint8)
-    return torch.from_numpy(u).T, torch.from_numpy(noise.reshape(-1, 3, SIDE, SIDE))
+    u = (raw[:, :count] >> np.uint64(40)).astype(np.float32) / 2**24
+    noise = np.ascontiguousarray(raw[:, count:]).view(np.uint8)
+    return torch.from_numpy(u).T, torch.from_numpy(noise.reshape(-1, 3, side, side))
 
 
 def draw_background(u, px, py):
-    """-> (n, 3, 32, 32) in [0, 1]: a dim, nearly grey colour with faint stripes of any direction
-    and width. Plain and dim on purpose (our choice): with busy backgrounds a self-supervised
-    teacher learns the background, because it is the cheaper cue."""
+    """Pixel centres px, py (H, W) -> (n, 3, H, W) in [0, 1]: a dim, nearly grey colour with faint
+    stripes of any direction and width. Plain and dim on purpose (our choice): with busy backgrounds
+    a self-supervised teacher learns the background, because it is the cheaper cue."""
     turn, width, phase, strength = (u[k, :, None, None] for k in (5, 6, 7, 11))
     turn = torch.pi * turn
     wave = ((px * turn.cos() + py * turn.sin()) * (0.3 + 0.7 * width) + 6.28 * phase).sin()
@@ -88,28 +88,38 @@ def draw_background(u, px, py):
     return ground * (1 + 0.15 * strength * wave)[:, None]
 
 
-def draw_object(u, factors, px, py):
-    """-> its colour (n, 3, 32, 32) in [0, 1] and the share of each pixel that it covers, (n, 32,
-    32). Position, size, angle and hue are jittered, so that a factor is a category, not a number.
-    """
+def draw_object(u, shape, colour, cx, cy, radius, px, py):
+    """-> its colour (n, 3, H, W) in [0, 1] and the share of each pixel that it covers, (n, H, W).
+    u (24, n) in [0, 1); shape and colour (n,) int64, indices into FACTORS; centre cx, cy and radius
+    (n, 1, 1) in pixels; px, py: pixel centres, (H, W) or (n, H, W). Angle and hue are jittered, so
+    that a factor is a category, not a number."""
     v = u[..., None, None]                                                      # (24, n, 1, 1)
-    column, row, size = (factors[name][:, None, None] for name in ("column", "row", "size"))
-    cx = 16 + 3.5 * (column - 1) + 2 * v[12] - 1
-    cy = 16 + 3.5 * (row - 1) + 2 * v[13] - 1
-    radius = RADII[size] * (0.95 + 0.1 * v[14])
     angle = 0.5 * v[15] - 0.25                                         # radians, about +-14 degrees
     dx, dy = (px - cx) / radius, (py - cy) / radius
     x, y = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
     distance = torch.empty_like(x)
     for kind in range(len(FACTORS["shape"])):
-        chosen = factors["shape"] == kind
+        chosen = shape == kind
         distance[chosen] = signed_distance(kind, x[chosen], y[chosen])
     cover = (0.5 - distance * radius).clamp(0, 1)
 
-    hue = HUES[factors["colour"]] + 16 * u[16] - 8
+    hue = HUES[colour] + 16 * u[16] - 8
     paint = hsv_to_rgb(hue, 0.7 + 0.3 * u[17], 0.75 + 0.25 * u[18])
     shade = 1 - 0.25 * v[19] * (dx * (6.28 * v[20]).cos() + dy).clamp(-1, 1)
     return paint * shade[:, None], cover
+
+
+def add_noise(images, u, noise):
+    """(n, 3, H, W) in [0, 1] -> uint8, with noise (n, 3, H, W) uint8 of a strength of its own."""
+    images = images * 255 + (noise.float() - 127.5) * (0.1 * u[21])[:, None, None, None]
+    return images.round().clamp(0, 255).byte()
+
+
+def pixel_centres(side):
+    """-> px, py, (side, side) each, in pixels."""
+    axis = torch.arange(side) + 0.5
+    py, px = torch.meshgrid(axis, axis, indexing="ij")
+    return px, py
 
 
 def draw_shapes(indices, seed=0):
@@ -118,13 +128,16 @@ def draw_shapes(indices, seed=0):
     u, noise = random_numbers(indices, seed)
     factors = {name: (u[k] * len(values)).long()
                for k, (name, values) in enumerate(FACTORS.items())}
-    axis = torch.arange(SIDE) + 0.5
-    py, px = torch.meshgrid(axis, axis, indexing="ij")                      # (32, 32) pixel centres
+    px, py = pixel_centres(SIDE)
     ground = draw_background(u, px, py)
-    paint, cover = draw_object(u, factors, px, py)
+    v = u[..., None, None]                                                      # (24, n, 1, 1)
+    column, row, size = (factors[name][:, None, None] for name in ("column", "row", "size"))
+    cx = 16 + 3.5 * (column - 1) + 2 * v[12] - 1
+    cy = 16 + 3.5 * (row - 1) + 2 * v[13] - 1
+    radius = RADII[size] * (0.95 + 0.1 * v[14])
+    paint, cover = draw_object(u, factors["shape"], factors["colour"], cx, cy, radius, px, py)
     images = ground + cover[:, None] * (paint - ground)
-    images = images * 255 + (noise.float() - 127.5) * (0.1 * u[21])[:, None, None, None]
-    return images.round().clamp(0, 255).byte(), factors, cover > 0.5
+    return add_noise(images, u, noise), factors, cover > 0.5
 
 
 def load(split, limit=None, seed=0):
