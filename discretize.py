@@ -134,9 +134,10 @@ class Gumbel(Softmax):
     default_tau_start, default_tau = 2.0, 0.5       # annealed: the base strategy of section 3.4
     logits_use_tau = False            # they are W h
     init_sharpness = 30.0       # of the logits; the noise has std 1.28
+    noisy = True                # --explore switch ends it: see `anneal`
 
     def soft_assignment(self, logits):
-        if self.training:
+        if self.training and self.noisy:
             shape = distributed.world_size() * len(logits), self.vocab   # of all ranks: -log Exp(1)
             noise = -distributed.shard(logits.new_empty(shape).exponential_()).log()
             logits = logits + noise
@@ -187,13 +188,14 @@ def build(args, width):
     return DISCRETIZERS[args.disc](width, args.vocab, args)
 
 
-def anneal(module, progress):
+def anneal(module, progress, explore="base"):
     """Sets the temperature of all discretizers in `module` at `progress` in 0..1, from --tau-start
     to --tau: start (end / start)^progress, as Jang et al. 2017, because 1 / tau, which acts, then
-    grows by one factor in every epoch."""
+    grows by one factor in every epoch. explore = "switch": gumbel's noise ends half-way."""
     for disc in module.modules():
         if isinstance(disc, Discretizer):
             disc.tau = disc.start_tau * (disc.final_tau / disc.start_tau) ** progress
+            disc.noisy = explore != "switch" or progress < 0.5
 
 
 def main():

@@ -25,7 +25,7 @@ from checkpoint import load_model, write_json
 from data import evaluation_problem, image_count, load, normalize
 from precision import NAMES, autocast, resolve
 from progress import Progress
-from scoring import KS, code_figures, knn_accuracies, knn_accuracy, linear_probe
+from scoring import KS, code_figures, knn_accuracy, knn_hits, linear_probe, pack
 
 # ---- a data set through teacher and student --------------------------------------------------
 
@@ -137,10 +137,13 @@ def load_splits(config):
 
 def score(*features, probe=True):
     """One row of the table from train_x, train_y, test_x, test_y: (top1, top5) pairs, k-NN for each
-    k, their mean, and, with `probe`, the linear probe."""
-    knn = knn_accuracies(*features)
-    mean = tuple(sum(column) / len(knn) for column in zip(*knn.values()))
-    return {"each": knn, "knn": mean} | ({"linear": linear_probe(*features)} if probe else {})
+    k, their mean, with `probe` the linear probe, and each test image's own k-NN top-1, (m,) in
+    0..1, mean over k."""
+    hits = torch.stack([*knn_hits(*features).values()])                 # (len(KS), m, 2)
+    each = [tuple(pair) for pair in (100 * hits.mean(1)).tolist()]
+    row = {"each": dict(zip(KS, each)), "knn": tuple((100 * hits.mean((0, 1))).tolist()),
+           "hits": hits[..., 0].mean(0)}
+    return row | ({"linear": linear_probe(*features)} if probe else {})
 
 
 def score_prefixes(train, train_y, test, test_y, lengths, vocab, soft, probe_on):
@@ -191,12 +194,16 @@ def evaluate(teacher, student, config, soft=False, probe_on="z", batch_size=256,
         "seconds": round(time.monotonic() - start, 1)}
 
 
+def flat(row):
+    """`score`'s row for a JSON file; the hits of each test image as `scoring.pack` writes them."""
+    figures = {f"{name}_top{i}": row[name][i > 1]
+               for name in ("knn", "linear") if name in row for i in (1, 5)}
+    return figures | ({"knn_hits": pack(row["hits"])} if "hits" in row else {})
+
+
 def summary(results):
     """results.json, and what --json writes: percentages 0..100, ratios and shares, bits per image,
     soft_minus_hard in points; keys of prefixes are strings."""
-    def flat(row):
-        return {f"{m}_top{i}": row[m][i > 1] for m in ("knn", "linear") if m in row for i in (1, 5)}
-
     figures = {name: flat(results[name]) for name in ("teacher", "teacher_space")}
     for kind in ("student", "soft", "onehot"):
         if results[kind]:

@@ -105,8 +105,9 @@ def loss_flags(add):
              "prototypes that are not learned")
     add("--teacher-temp", type=float, nargs=2, default=[0.04, 0.07], metavar=("START", "END"),
         help="temperature of p_t over the warm-up; lower: sharper, harder targets")
-    add("--explore", choices=["base", "entropy", "info", "combined"], default="base",
-        help="section 3.4")
+    add("--explore", choices=["base", "entropy", "info", "combined", "switch"],
+        default="base", help="section 3.4. switch: gumbel first, without its noise (a softmax) in "
+                             "the second half of training")
     add("--alpha", type=float, default=0.01,
         help="weight of the symbols' entropy with --explore entropy, combined")
     add("--beta", type=float, default=0.05,
@@ -177,6 +178,8 @@ def check(args):
     if args.disc == "vq" and args.explore in ("info", "combined"):
         raise ValueError(f"--explore {args.explore} does nothing with --disc vq, whose weights "
                          "have no gradient; use softmax or gumbel, or --explore entropy")
+    if args.explore == "switch" and args.disc != "gumbel":
+        raise ValueError(f"--explore switch ends gumbel's noise; --disc {args.disc} has none")
     distributed.check_batch_size(args.batch_size)
     if args.cache_views and args.cache_views < args.views:
         raise ValueError(f"--cache-views {args.cache_views} are too few for --views "

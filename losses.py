@@ -21,9 +21,7 @@ import distributed
 @torch.no_grad()
 def sinkhorn(logits, temperature, iterations=3):
     """Teacher probabilities by Sinkhorn-Knopp (SwAV; DINOv2): softmax, then prototypes used alike.
-
-    logits (M, P) -> probabilities (M, P); rows sum to 1, columns to about M / P.
-    """
+    logits (M, P) -> probabilities (M, P); rows sum to 1, columns to about M / P."""
     scaled = logits.float() / temperature
     q = (scaled - scaled.max()).exp()
     for _ in range(iterations):
@@ -91,7 +89,6 @@ def cross_entropy(p, logits, temperature):
 
 def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
     """p_t (V, B, P), student logits (D, V, B, P) -> the loss, a scalar in nats.
-
     Divided by the sum of the lambda^j, so that lambda moves weight between granularities without
     changing the learning rate; mean over views. (Both our choice.)
     """
@@ -131,7 +128,7 @@ def sequence_information(weights):
 
 
 def exploration_loss(sequence, explore, alpha, beta):
-    """For a model.Sequence: base 0; entropy -alpha H(p); info -beta I(s); combined both."""
+    """For a model.Sequence: entropy -alpha H(p); info -beta I(s); combined both; otherwise 0."""
     loss = sequence.logits.new_zeros(())
     if explore in ("entropy", "combined"):
         loss = loss - alpha * symbol_entropy(sequence.logits)

@@ -9,6 +9,9 @@ set. Images tied at the k-th place each get the vote that breaking the tie at ra
 on average, and classes with equal votes score the chance of a random pick. Gallery order is never
 used. With more than k images to a code, k-NN is thus the majority of that code's images.
 """
+import base64
+import zlib
+
 import torch
 import torch.nn.functional as F
 
@@ -83,8 +86,9 @@ def neighbour_votes(similarity, labels, sizes, classes, ks, temperature):
         yield vote.new_zeros(len(vote), classes).scatter_add_(1, label, vote)
 
 
-def knn_accuracies(train_x, train_y, test_x, test_y, ks=KS, temperature=0.07):
-    """DINO's weighted k-NN for several k in one pass: {k: (top1, top5)}, in percent.
+def knn_hits(train_x, train_y, test_x, test_y, ks=KS, temperature=0.07):
+    """DINO's weighted k-NN for several k in one pass: {k: (m, 2) float64}, the chance in 0..1 that
+    each query's class is the first, and that it is among the first 5.
     train_x (n, d), test_x (m, d): features on any scale; similarities are float32, votes float64.
     Labels: any integers; with C < 5 classes top-5 is top-C. A k beyond the gallery lets the whole
     gallery vote. Equal to eval_knn.py when nothing ties. Where fewer than 5 classes got a vote,
@@ -93,24 +97,39 @@ def knn_accuracies(train_x, train_y, test_x, test_y, ks=KS, temperature=0.07):
     """
     train_y, test_y, classes = checked_classes(train_x, train_y, test_x, test_y)
     gallery, labels, _, sizes = distinct(train_x, train_y)
-    queries, query_y, _, query_sizes = distinct(test_x, test_y)
+    queries, query_y, query, _ = distinct(test_x, test_y)
     gallery, queries = F.normalize(gallery, dim=1), F.normalize(queries, dim=1)
     clamped = [min(k, len(train_y)) for k in ks]
-    hits = torch.zeros(len(ks), 2, dtype=torch.float64, device=gallery.device)
     rows = max(MIN_QUERIES, CHUNK // len(gallery))
-    chunks = (x.split(rows) for x in (queries, query_y, query_sizes))
+    hits = [[] for _ in ks]
     with Progress("k-NN, queries", len(queries)) as progress:
-        for x, y, size in zip(*chunks):
+        for x, y in zip(queries.split(rows), query_y.split(rows)):
             votes = neighbour_votes(x @ gallery.T, labels, sizes, classes, clamped, temperature)
-            for i, v in enumerate(votes):
-                hits[i] += torch.stack([(size * expected_hits(v, y, m)).sum() for m in (1, 5)])
+            for of_k, v in zip(hits, votes):
+                of_k.append(torch.stack([expected_hits(v, y, m) for m in (1, 5)], 1))
             progress.update(len(x))
-    return {k: tuple(h) for k, h in zip(ks, (100 * hits / len(test_y)).tolist())}
+    return {k: torch.cat(of_k)[query] for k, of_k in zip(ks, hits)}
+
+
+def knn_accuracies(*args, **kwargs):
+    """`knn_hits`' means over the queries: {k: (top1, top5)} in percent."""
+    return {k: tuple((100 * hits.mean(0)).tolist()) for k, hits in knn_hits(*args, **kwargs).items()}
 
 
 def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=0.07):
     """(top1, top5) in percent for one k: see `knn_accuracies`."""
     return knn_accuracies(train_x, train_y, test_x, test_y, (k,), temperature)[k]
+
+
+def pack(hits):
+    """hits (m,) in 0..1, `knn_hits` of m queries -> a short text for a JSON file: base64 of zlib of
+    a byte per query, in percent."""
+    return base64.b64encode(zlib.compress(bytes((100 * hits).round().int().tolist()))).decode()
+
+
+def unpack(text):
+    """`pack`'s text -> hits (m,) float64 in 0..1, to a percent."""
+    return torch.tensor([*zlib.decompress(base64.b64decode(text))], dtype=torch.float64) / 100
 
 
 def fit_logistic(x, y, share, l2, start, iterations):

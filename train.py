@@ -94,7 +94,7 @@ class Trainer:
         losses.set_schedule(self.optimizer,
                             losses.warmup_cosine(args.lr, END_LR, step, steps, LR_WARMUP * steps),
                             losses.cosine(*args.weight_decay, step / steps))
-        discretize.anneal(self.student, step / steps)
+        discretize.anneal(self.student, step / steps, args.explore)
         return losses.warmup_linear(*args.teacher_temp, step,
                                     min(TEACHER_WARMUP, args.epochs) * self.steps_per_epoch)
 

@@ -54,13 +54,8 @@ def add_flags(add):
 
 
 def accuracies(train_x, train_y, test_x, test_y, linear=True):
-    """Top-1 and top-5 in % of k-NN (mean over evaluate.py's k) and, where `linear`, of the linear
-    probe: {"knn_top1": ..., "knn_top5": ..., "linear_top1": ..., "linear_top5": ...}."""
-    knn = evaluate.knn_accuracies(train_x, train_y, test_x, test_y).values()
-    pairs = {"knn": [sum(column) / len(knn) for column in zip(*knn)]}
-    if linear:
-        pairs["linear"] = evaluate.linear_probe(train_x, train_y, test_x, test_y)
-    return {f"{name}_top{i}": pair[i > 1] for name, pair in pairs.items() for i in (1, 5)}
+    """A row of results.json: `evaluate.score` of these features, as `evaluate.summary` writes it."""
+    return evaluate.flat(evaluate.score(train_x, train_y, test_x, test_y, probe=linear))
 
 
 def extend(residuals, codes, centroids, beam):
@@ -147,7 +142,7 @@ def run(args):
     figures = score(args, evaluate.load_splits(vars(args)))
     for name, row in figures.items():
         print(f"{name:13}", *(f"{key} {value:.{3 if 'retention' in key else 2}f}"
-                             for key, value in row.items() if key != "perplexity"))
+                             for key, value in row.items() if isinstance(value, float)))
     if args.json:
         checkpoint.write_json(args.json, {
             "config": checkpoint.config_of(args), "hardware": precision.hardware_info(args.device),

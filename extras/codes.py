@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import evaluate
+import scoring
 
 ONE_HOT = 2**27                     # most entries of the matrix for k-NN: 0.5 GB in float32
 
@@ -107,7 +108,7 @@ def label_statistics(ids, labels, seed=0):
     order = order[:max(2, ONE_HOT // (ids.shape[1] * len(symbols)))]
     gallery, queries = order.tensor_split(2)
     x = evaluate.one_hot(ids[order], len(symbols)).tensor_split(2)
-    knn = evaluate.knn_accuracies(x[0], y[gallery], x[1], y[queries])
+    knn = scoring.knn_accuracies(x[0], y[gallery], x[1], y[queries])
     return figures | {"gallery": len(gallery), "queries": len(queries),
                       "largest_class": 100 * y[queries].bincount().max().item() / len(queries),
                       "knn": {k: top1 for k, (top1, _) in knn.items()}}

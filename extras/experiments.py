@@ -45,19 +45,21 @@ SPACE = {"shapes": "", "cifar10": "--iterations 1"}
 # `paper` makes four new views of each image and runs the teacher on them in every step: an epoch of
 # it costs as much as four of `stable`, and shows its student as many views as four
 BUDGET = {"paper": "--epochs 1", "stable": ""}
-VOCABS = {"shapes": (128,), "cifar10": (128, 256, 512)}
+VOCABS = (128, 256, 512)
 RECIPES, DISCS = ("paper", "stable"), ("softmax", "gumbel", "vq")
+BEST = "stable-gumbel"      # whose space the baselines see, and which they are set against
 # Table -> row -> the flags beside those in its name, RECIPE-DISC-VOCAB or METHOD-VOCAB
 TABLES = {
     "discretizer and vocabulary (Table 1)": {
         f"{recipe}-{disc}-{vocab}": ""
-        for recipe in RECIPES for disc in DISCS for vocab in (128, 256, 512)},
+        for recipe in RECIPES for disc in DISCS for vocab in VOCABS},
     "exploration (Table 2)": {
         f"{recipe}-gumbel-128{tail}": flags for recipe in RECIPES for tail, flags in {
             "": "",
             "-entropy": "--explore entropy",
             "-info": "--explore info",
-            "-combined": "--explore combined"}.items()},
+            "-combined": "--explore combined",
+            "-switch": "--explore switch --tau-start 2 --tau 0.12"}.items()},
     "ablations of stable": {
         "stable-softmax-128": "",
         "stable-softmax-128-no-whitening": "--neighbours 0 --components 0",
@@ -71,7 +73,7 @@ TABLES = {
             "-long": "--epochs 10"}.items()},
     # -space: of the CLS in the space of the student of that seed, which must have been trained
     "baselines of equal bits": {
-        f"{method}-{vocab}{tail}": flags for vocab in (128, 256, 512) for method, tail, flags in (
+        f"{method}-{vocab}{tail}": flags for vocab in VOCABS for method, tail, flags in (
             ("kmeans", "", ""),
             ("kmeans", "-beam", "--beam 8"),
             ("kmeans", "-space", "--checkpoint {student}"),
@@ -83,14 +85,7 @@ TABLES = {
 def base_of(name):
     """The row of Table 1 that an experiment is compared with."""
     recipe, disc, vocab = re.fullmatch(r"(?:(paper|stable)-)?([a-z]+)-(\d+).*", name).groups()
-    return f"{recipe}-{disc}-{vocab}" if recipe else f"stable-softmax-{vocab}"
-
-
-def tables_of(data):
-    """TABLES without the vocabularies that are not run on this data set."""
-    return {title: {name: flags for name, flags in table.items()
-                    if int(base_of(name).split("-")[2]) in VOCABS[data]}
-            for title, table in TABLES.items()}
+    return f"{recipe}-{disc}-{vocab}" if recipe else f"{BEST}-{vocab}"
 
 
 def command(data, name, flags):
@@ -107,7 +102,7 @@ def command(data, name, flags):
 
 
 EXPERIMENTS = {f"{data}/{name}": command(data, name, flags) for data in DATA
-               for table in tables_of(data).values() for name, flags in table.items()}
+               for table in TABLES.values() for name, flags in table.items()}
 
 # ---- run -----------------------------------------------------------------------------------------
 
@@ -195,8 +190,8 @@ def pairs():
         if sum(x != y for x, y in zip(a.split("-"), b.split("-"))) == 1:
             yield a, b
     for name in itertools.chain(*others):
-        if base_of(name) != name and ("-space" in name or name.startswith(RECIPES)):
-            yield name, base_of(name)
+        if base_of(name) != name:
+            yield (name, base_of(name)) if name.startswith(RECIPES) else (base_of(name), name)
 
 
 def sections(rows):
@@ -210,6 +205,8 @@ def sections(rows):
             texts[f"{label}: {title}"] = tables.accuracy_table(
                 part, {name: name for name in table}, tables.COLUMNS)
         texts[f"{label}: paired differences"] = tables.paired_table(part, [*pairs()])
+        texts[f"{label}: against baselines of equal bits"] = tables.ahead_table(
+            part, [(base_of(name), name) for name in TABLES["baselines of equal bits"]])
         machines = Counter(f"{r['hardware']}, {r['precision']}" for r in part if r["symbols"] == 8)
         texts[f"{label}: hardware"] = "".join(f"- {n} runs: {x}\n" for x, n in machines.items())
     return texts | {"Speed of a training step": tables.speed_table(RESULTS)}
@@ -218,7 +215,7 @@ def sections(rows):
 def readme_tables(rows):
     """Data set -> its table in README.md, where anything of it was run."""
     for data, label in LABELS.items():
-        part, vocab = [r for r in rows if r["data"] == data], max(VOCABS[data])
+        part, vocab = [r for r in rows if r["data"] == data], 128
         names = {"CLS of the teacher": "cls", "CLS in the student's space": "cls-space",
                  "residual k-means of the CLS": f"kmeans-{vocab}",
                  "residual k-means in the student's space": f"kmeans-{vocab}-space",
@@ -243,7 +240,7 @@ def table(write, json_path):
     else:
         print("\n".join(f"**{name}**\n\n{text}" for name, text in texts.items()))
     if json_path:
-        checkpoint.write_json(json_path, rows)
+        checkpoint.write_json(json_path, [{k: row[k] for k in tables.KEYS} for row in rows])
 
 
 def figures():
@@ -251,7 +248,7 @@ def figures():
     keys = {3: ("teacher_entropy", "kl", "knn_top1"),           # the panels of the paper
             4: ("knn_top1", "loss", "teacher_entropy", "kl", "information", "symbol_entropy")}
     for data, recipe, number in itertools.product(DATA, RECIPES, keys):
-        names = [*tables_of(data).values()][number - 3]         # its first two
+        names = [*TABLES.values()][number - 3]                  # its first two
         logs = {name: sorted(RESULTS.glob(f"{data}/{name}-s[0-9]*/metrics.jsonl"))
                 for name in names if name.startswith(recipe)}
         runs = [found[0].parent for found in logs.values() if found]

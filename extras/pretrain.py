@@ -30,6 +30,7 @@ import distributed
 import evaluate
 import losses
 import precision
+import scoring
 from extras import probe_teacher
 from extras.benchmark import count_flops, product_rate
 from model import DINOHead
@@ -230,7 +231,7 @@ def quick_knn(backbone, held_out, args):
     the queries, the others the gallery."""
     x, y, queries = features(backbone, held_out, args), held_out.labels, len(held_out) // 6
     k = min(20, len(y) - queries)
-    return evaluate.knn_accuracy(x[queries:], y[queries:], x[:queries], y[:queries], k)[0]
+    return scoring.knn_accuracy(x[queries:], y[queries:], x[:queries], y[:queries], k)[0]
 
 
 def full_knn(trainer, held_out):
@@ -238,7 +239,7 @@ def full_knn(trainer, held_out):
     backbone, gallery = trainer.teacher["backbone"], trainer.images
     x, queries = (features(backbone, part, trainer.args) for part in (gallery, held_out))
     return {k: top1 for k, (top1, _) in
-            evaluate.knn_accuracies(x, gallery.labels, queries, held_out.labels).items()}
+            scoring.knn_accuracies(x, gallery.labels, queries, held_out.labels).items()}
 
 
 # ---- a run ---------------------------------------------------------------------------------------

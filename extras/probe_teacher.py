@@ -15,6 +15,7 @@ import checkpoint
 import data
 import evaluate
 import precision
+import scoring
 import teachers
 from progress import Progress
 
@@ -45,10 +46,10 @@ def probe(train, test, sets):
     with Progress("linear probes, factors", len(factors)) as progress:
         for name in factors:
             labels = [s.factors.get(name, s.labels) for s in sets]
-            scores = evaluate.linear_probe(train, labels[0], test, labels[1])
+            scores = scoring.linear_probe(train, labels[0], test, labels[1])
             row = {"chance": 100 / (1 + labels[0].max().item()), "linear_top1": scores[0]}
             if name in ("shape", "class"):
-                knn = evaluate.knn_accuracies(train, labels[0], test, labels[1])
+                knn = scoring.knn_accuracies(train, labels[0], test, labels[1])
                 row |= {f"knn_top1_k{k}": top1 for k, (top1, _) in knn.items()}
             figures[name] = row
             progress.update()

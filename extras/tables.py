@@ -3,8 +3,9 @@
 Relative k-NN accuracy is k-NN top-1 of the symbols divided by that of the raw CLS (retention_raw)
 or of the CLS in the student's own space (retention_space). Tables give the mean ± the standard
 deviation over seeds. Two experiments are compared seed by seed: mean difference, relative to the
-raw CLS, which both share, with a 95 % t-interval over the seeds. It is of training seeds: the test
-images are the same for both, and another draw of them is not in it.
+raw CLS, which both share, with a 95 % t-interval over the seeds, and for 8 symbols also with a 95 %
+bootstrap interval over the test images, which are the same for both. It is the mean of the seeds'
+intervals, each as wide as for one seed: wider than that of their mean, whose images overlap.
 
 A run has collapsed when, with all its symbols, the smallest perplexity of any position is below 2,
 or k-NN top-1 is at most 2 points above chance. This rule was fixed before the first run.
@@ -13,7 +14,10 @@ import json
 import re
 import statistics
 
+import torch
+
 import checkpoint
+import scoring
 
 CHANCE = 10.0           # %: both data sets have 10 classes
 PREFIXES = (1, 2, 4, 8)
@@ -60,8 +64,8 @@ def has_collapsed(figures):
 
 
 def rows(results, data_sets):
-    """Yields a dictionary of KEYS for each run in results/ and number of symbols, and for each data
-    set and seed one for the raw CLS, one for the CLS in the space of `stable`. None: not measured,
+    """Yields a dictionary of KEYS (and knn_hits: see scoring.pack) for each run in results/ and
+    number of symbols, and for each data set and seed one for the raw CLS, one for the CLS in the space of `stable`. None: not measured,
     or without a meaning there. perplexity: the smallest of the positions read."""
     seen = set()
     for data, path in ((data, path) for data in data_sets for path in sorted(
@@ -71,7 +75,7 @@ def rows(results, data_sets):
         longest = max(filter(str.isdigit, figures), key=int)
         collapsed = has_collapsed(figures[longest])
         for n, row in figures.items():
-            row = dict.fromkeys(KEYS) | {key: row[key] for key in row if key in KEYS} | {
+            row = dict.fromkeys(KEYS) | {k: row[k] for k in row if k in (*KEYS, "knn_hits")} | {
                 "data": data, "seed": facts["seed"], "hardware": facts["hardware"],
                 "precision": facts["precision"]}
             if n.isdigit():
@@ -88,7 +92,7 @@ def by_seed(rows, name, key, symbols=8):
     """{seed: figure} of an experiment on one data set; the CLS stands where 8 symbols do."""
     symbols = None if symbols == 8 and name.startswith("cls") else symbols
     return {r["seed"]: r[key] for r in rows if r["experiment"] == name and r["symbols"] == symbols
-            and r[key] is not None}
+            and r.get(key) is not None}
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -112,6 +116,24 @@ def paired(a, b):
         return None
     t = T975[min(len(differences) - 1, len(T975)) - 1]
     return statistics.mean(differences), t * statistics.stdev(differences) / len(differences) ** 0.5
+
+
+def bootstrap(differences, draws=1000):
+    """differences (m,) of two experiments on m test images -> the 95 % interval (2,) of their mean
+    over other draws of m images."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(differences), (draws, len(differences)), generator=generator)
+    return differences[picks].mean(1).quantile(torch.tensor([0.025, 0.975]).double())
+
+
+def image_interval(rows, a, b):
+    """Mean over the shared seeds of `bootstrap` of a - b with 8 symbols, relative to the raw CLS,
+    (2,), or None where the hits of no seed are there."""
+    hits = [{seed: scoring.unpack(text) for seed, text in by_seed(rows, x, "knn_hits").items()}
+            for x in (a, b, "cls")]
+    shared = hits[0].keys() & hits[1].keys() & hits[2].keys()
+    intervals = [bootstrap(hits[0][s] - hits[1][s]) / hits[2][s].mean() for s in shared]
+    return torch.stack(intervals).mean(0).tolist() if intervals else None
 
 
 # ---- Markdown ------------------------------------------------------------------------------------
@@ -146,17 +168,38 @@ def accuracy_table(rows, names, columns):
 
 
 def paired_table(rows, pairs):
-    """pairs: (a, b) of experiments. a minus b with its interval, where they share two seeds."""
+    """pairs: (a, b) of experiments. a minus b with its intervals, where they share two seeds."""
     def cell(a, b, key, symbols, digits):
         difference = paired(by_seed(rows, a, key, symbols), by_seed(rows, b, key, symbols))
         if difference is None:
             return "-"
         mean, half = difference
         return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+
+    def images(a, b):
+        return "[{:+.3f}, {:+.3f}]".format(*pair) if (pair := image_interval(rows, a, b)) else "-"
     lines = [[f"{a} minus {b}", *(cell(a, b, "retention_raw", n, 3) for n in PREFIXES),
-              cell(a, b, "linear_top1", 8, 1)] for a, b in pairs]
-    return markdown(["", *(f"raw: {n}" for n in PREFIXES), "linear top-1, points: 8"],
-                    [line for line in lines if {*line[1:]} != {"-"}])
+              images(a, b), cell(a, b, "linear_top1", 8, 1)] for a, b in pairs]
+    return markdown(
+        ["", *(f"raw: {n}" for n in PREFIXES), "raw: 8, images", "linear top-1, points: 8"],
+        [line for line in lines if line[4] != "-"])
+
+
+def ahead_table(rows, pairs):
+    """pairs: (a, b). In how many comparisons (prefix, k-NN or linear probe, seed) a is ahead of b,
+    and by how many points of top-1 on average."""
+    lines = []
+    for a, b in pairs:
+        of_probe = {probe: [[x[s] - y[s] for s in x.keys() & y.keys()] for n in PREFIXES for x, y in
+                            [[by_seed(rows, name, f"{probe}_top1", n) for name in (a, b)]]]
+                    for probe in ("knn", "linear")}
+        every = [d for columns in of_probe.values() for column in columns for d in column]
+        if every:
+            lines.append([f"{a} against {b}", f"{sum(d > 0 for d in every)} of {len(every)}"] + [
+                f"{statistics.mean(column):+.2f}" if column else "-"
+                for columns in of_probe.values() for column in columns])
+    return markdown(["", "ahead", *(f"k-NN: {n}" for n in PREFIXES),
+                     *(f"linear: {n}" for n in PREFIXES)], lines)
 
 
 def speed_table(results):

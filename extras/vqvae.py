@@ -201,7 +201,8 @@ def score(net, sets, cls, args):
                                               linear=name != "reconstructed")
             progress.update()
     for name, row in rows.items():
-        print(f"{name:14}", *(f"{key} {value:.2f}" for key, value in row.items()))
+        print(f"{name:14}", *(f"{key} {value:.2f}" for key, value in row.items()
+                              if isinstance(value, float)))
     ratio = rows["student"]["knn_top1"] / rows["teacher"]["knn_top1"]
     return {**rows, "student": {args.length: rows["student"]},
             "retention_raw": {args.length: ratio}, **evaluate.code_figures(test, args.vocab),

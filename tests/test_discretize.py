@@ -95,6 +95,16 @@ def test_anneal_sets_every_discretizer_of_a_module():
         assert [disc.tau for disc in module] == pytest.approx(expected)
 
 
+def test_switch_ends_gumbels_noise_half_way():
+    disc, h = make("gumbel"), vectors(2)
+    for explore, progress, noisy in (("switch", 0.49, True), ("switch", 0.5, False),
+                                     ("base", 0.9, True)):
+        discretize.anneal(disc.train(), progress, explore)
+        assert torch.equal(disc(h).weights, disc(h).weights) == (not noisy)
+    discretize.anneal(disc, 1.0, "switch")
+    assert torch.allclose(disc(h).weights, (disc.logits(h) / disc.tau).softmax(-1))
+
+
 # ---- softmax and gumbel --------------------------------------------------------------------------
 
 def test_softmax_by_hand():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
+import scoring
 from data import ImageSet
 
 
@@ -189,6 +190,7 @@ def test_json_has_exactly_the_agreed_keys(toy_run, tmp_path, monkeypatch, capsys
     assert "60 gallery images, 30 queries" in capsys.readouterr().out
     figures = json.loads(target.read_text())
     row = dict.fromkeys(("knn_top1", "knn_top5", "linear_top1", "linear_top5"), 100.0)
+    row["knn_hits"] = scoring.pack(torch.ones(30))
     assert figures.pop("teacher") == figures.pop("teacher_space") == row
     assert figures.pop("student") == {"1": row, "2": row}
     assert figures.pop("retention_raw") == figures.pop("retention_space") == {"1": 1.0, "2": 1.0}

@@ -294,3 +294,12 @@ def test_perplexity_usage_and_unique_codes_by_hand():
     # 1/2, 1/4, 1/4: entropy 1.5 bits
     skewed = scoring.code_figures(torch.tensor([[0], [0], [1], [2]]), vocab=3)
     assert skewed["perplexity"] == pytest.approx([2**1.5])
+
+
+def test_hits_are_those_of_each_query_and_survive_a_json_file():
+    x, y = angles(0, 1, 90, 91), torch.tensor([0, 0, 1, 1])
+    queries, labels = angles(90, 0, 0, 91), torch.tensor([1, 0, 1, 0])
+    hits = scoring.knn_hits(x, y, queries, labels, (2,))[2]     # (m, 2)
+    assert hits[:, 0].tolist() == [1, 1, 0, 0] and hits[:, 1].tolist() == [1, 1, 1, 1]
+    uneven = torch.tensor([0.0, 0.25, 1 / 3, 1.0])
+    assert scoring.unpack(scoring.pack(uneven)).tolist() == [0, 0.25, 0.33, 1]

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+import scoring
 from extras import tables
 
 HARDWARE = {"torch": "2.6", "threads": 2, "processor": "x86_64 AVX2", "bfloat16_slowdown": 9.0,
@@ -154,8 +155,37 @@ def test_a_line_of_the_paired_table_by_hand(planted):
     # -0.1 and -0.2: mean -0.15, deviation 0.1 / sqrt(2), half width 12.706 * 0.05 = 0.635
     assert line == (
         "| stable-vq-128 minus stable-softmax-128 | +0.000 [+0.000, +0.000] "
-        "| +0.000 [+0.000, +0.000] | +0.000 [+0.000, +0.000] | -0.150 [-0.785, +0.485] "
+        "| +0.000 [+0.000, +0.000] | +0.000 [+0.000, +0.000] | -0.150 [-0.785, +0.485] | - "
         "| -12.0 [-62.8, +38.8] |")
+
+
+def row(experiment, seed, symbols=8, **figures):
+    return {"experiment": experiment, "seed": seed, "symbols": symbols} | figures
+
+
+def test_the_bootstrap_over_images_by_hand():
+    half = torch.tensor([1.0, 0.0] * 200).double()              # deviation 0.5, mean's 0.025
+    hits = {"a": half, "b": torch.zeros(400), "cls": torch.full((400,), 0.5), "c": 1 - half}
+    rows = [row(name, seed, None if name == "cls" else 8, knn_hits=scoring.pack(x))
+            for name, x in hits.items() for seed in (0, 1)]
+    low, high = tables.image_interval(rows, "a", "b")
+    assert (low, high) == (pytest.approx(1 - 1.96 * 0.05, abs=0.01),
+                           pytest.approx(1 + 1.96 * 0.05, abs=0.01))
+    low, high = tables.image_interval(rows, "a", "c")           # paired: deviation 1
+    assert high - low == pytest.approx(4 * 1.96 * 0.05, rel=0.1) and low < 0 < high
+    assert tables.image_interval(rows, "a", "a") == [0, 0]
+    assert tables.image_interval(rows, "a", "missing") is None
+
+
+def test_ahead_counts_every_prefix_probe_and_seed():
+    figures = {"knn_top1": 50.0, "linear_top1": 60.0}
+    rows = [row("a", seed, n, **figures) for seed in (0, 1, 2) for n in (1, 8)]
+    rows += [row("b", seed, n, knn_top1=49.0 if n == 1 else 50.0, linear_top1=60.0 + seed)
+             for seed in (0, 1) for n in (1, 8)]
+    text = tables.ahead_table(rows, [("a", "b"), ("a", "missing")])
+    *_, line = text.splitlines()
+    assert text.count("\n") == 3
+    assert line == ("| a against b | 2 of 8 | +1.00 | - | - | +0.00 | -0.50 | - | - | -0.50 |")
 
 
 def test_nothing_run_is_a_sentence(tmp_path):
