@@ -113,7 +113,8 @@ def knn_hits(train_x, train_y, test_x, test_y, ks=KS, temperature=0.07):
 
 def knn_accuracies(*args, **kwargs):
     """`knn_hits`' means over the queries: {k: (top1, top5)} in percent."""
-    return {k: tuple((100 * hits.mean(0)).tolist()) for k, hits in knn_hits(*args, **kwargs).items()}
+    found = knn_hits(*args, **kwargs).items()
+    return {k: tuple((100 * hits.mean(0)).tolist()) for k, hits in found}
 
 
 def knn_accuracy(train_x, train_y, test_x, test_y, k, temperature=0.07):
