@@ -48,7 +48,7 @@ def add_flags(add):
     add("--test-images", type=data.image_count, default=5000, help="at most this many, or all")
     add("--seed", type=int, default=0, help="of the images drawn, as in train.py, and of the fit")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="of the networks; k-means, k-NN and probes run on the CPU")
+        help="cpu or cuda, for everything but the reading of images")
     add("--precision", choices=precision.NAMES, default="auto",
         help="of the networks, as in train.py")
 
@@ -66,7 +66,7 @@ def extend(residuals, codes, centroids, beam):
     best = distance.flatten(1)                                              # (n, b K)
     best = best.topk(min(beam, best.shape[1]), largest=False).indices       # (n, beam)
     parent, symbol = best // len(centroids), best % len(centroids)
-    image = torch.arange(len(best))[:, None]                                # (n, 1)
+    image = torch.arange(len(best), device=best.device)[:, None]            # (n, 1)
     return (residuals[image, parent] - centroids[symbol],
             torch.cat([codes[image, parent], symbol[..., None]], 2))
 
@@ -80,13 +80,14 @@ def decode(codes, codebooks):
 def residual_kmeans(train, test, vocab, stages, beam=1):
     """train (n, d), test (m, d) -> for 1, 2, ... `stages` symbols: (reconstruction of train, of
     test, codes of test (m, symbols)). The centroids are fitted to train alone."""
-    parts = [(x[:, None], torch.empty(len(x), 1, 0, dtype=torch.long)) for x in (train, test)]
+    parts = [(x[:, None], torch.empty(len(x), 1, 0, dtype=torch.long, device=x.device))
+             for x in (train, test)]
     codebooks, points = [], max(len(train), POINTS_PER_CENTROID * vocab)
     with Progress("residual k-means, stages", stages) as progress:
         for _ in range(stages):
             residuals = parts[0][0].flatten(0, 1)                           # (n b, d)
             if len(residuals) > points:
-                residuals = residuals[torch.randperm(len(residuals))[:points]]
+                residuals = residuals[torch.randperm(len(residuals))[:points].to(train.device)]
             codebooks.append(stable.kmeans(residuals, vocab))
             for i, part in enumerate(parts):
                 chunks = [extend(*chunk, codebooks[-1], beam)
@@ -113,7 +114,9 @@ def cls_features(args, sets):
 
 def score(args, sets):
     """{"teacher", "teacher_space" or a number of symbols: its figures}."""
-    labels, inputs = [s.labels for s in sets], cls_features(args, sets)
+    labels = [s.labels.to(args.device) for s in sets]
+    inputs = {name: [x.to(args.device) for x in parts]
+              for name, parts in cls_features(args, sets).items()}
     codes, stages = {}, residual_kmeans(*[*inputs.values()][-1], args.vocab, args.length, args.beam)
     for n, (train, test, ids) in enumerate(stages, 1):
         if n & (n - 1) == 0:                                    # the student's prefixes

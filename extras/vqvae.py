@@ -197,8 +197,8 @@ def score(net, sets, cls, args):
     rows = {}
     with Progress("k-NN and linear probe, rows", len(inputs)) as progress:
         for name, (a, b) in inputs.items():
-            rows[name] = baselines.accuracies(a, sets[0].labels, b, sets[1].labels,
-                                              linear=name != "reconstructed")
+            parts = [x.to(args.device) for x in (a, sets[0].labels, b, sets[1].labels)]
+            rows[name] = baselines.accuracies(*parts, linear=name != "reconstructed")
             progress.update()
     for name, row in rows.items():
         print(f"{name:14}", *(f"{key} {value:.2f}" for key, value in row.items()
