@@ -77,8 +77,7 @@ class Trainer:
         self.centering = losses.Centering(args.prototypes, args.centering).to(args.device)
         groups = losses.parameter_groups(student, student.slow_parameters(), args.codebook_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-        kind = torch.device(args.device).type
-        self.scaler = torch.amp.GradScaler(kind, enabled=args.precision == "float16")
+        self.scaler = torch.amp.GradScaler(enabled=args.precision == "float16")
         self.epoch, self.seconds = 0, 0.0               # completed; below: within the present epoch
         self.step_in_epoch, self.elapsed = 0, 0.0
         self.totals = {}                                  # of the log's values since its last line

@@ -48,14 +48,20 @@ def transform(blocks, x, tokens=None, mask=None):
 
 @torch.no_grad()
 def test_an_attention_map_by_hand():
-    """One channel a head, so a score is a product: queries 1 and 2, keys 0, ln 2 and ln 3."""
-    attention = model.Attention(2, 2)
-    attention.to_q.weight.copy_(torch.eye(2))
-    attention.to_q.bias.zero_()
-    keys = torch.tensor([0, 2, 3]).clamp(min=1).log().view(1, 1, 3, 1).expand(1, 2, 3, 1)
-    maps = attention.weights(torch.tensor([[[1.0, 2.0]]]), keys)            # (B, L, S) = (1, 1, 3)
+    """One channel a head, so a score is a product: queries 1 and 2, keys 0, ln 2 and ln 3 (plus a
+    constant, which changes nothing); each value is the token plus 5."""
+    attention = model.CrossAttention(2, 2)
+    for layer, copies in ((attention.to_q, 1), (attention.to_kv, 2), (attention.out, 1)):
+        layer.weight.copy_(torch.eye(2).repeat(copies, 1))
+        layer.bias.zero_()
+    attention.to_kv.bias.copy_(torch.tensor([3.0, -4, 5, 5]))
+    tokens = torch.tensor([1, 2, 3]).log()[:, None].expand(1, 3, 2)             # (B, N, d)
+    y, maps = attention(torch.tensor([[[1.0, 2.0]]]), tokens)
     first, second = torch.tensor([1, 2, 3]) / 6, torch.tensor([1, 4, 9]) / 14
-    assert close(maps[0, 0], (first + second) / 2)
+    assert maps.shape == (1, 1, 2, 3)                                           # (B, L, heads, N)
+    assert close(maps[0, 0, 0], first) and close(maps[0, 0, 1], second)
+    means = torch.stack([first @ tokens[0, :, 0], second @ tokens[0, :, 1]])
+    assert close(y[0, 0], means + 5)
 
 
 # ---- descriptor ----------------------------------------------------------------------------------
