@@ -37,9 +37,9 @@ def write(path, write_to, previous=None):
         part.unlink(missing_ok=True)
         if not isinstance(error, (OSError, RuntimeError)):      # the second: torch.save, full disk
             raise
-        note = "; the previous one is intact" if path.exists() else ""
+        hint = "; the previous one is intact" if path.exists() else ""
         reason = str(error).splitlines()[0]
-        raise OSError(f"cannot write {path} ({reason}){note}. Is the disk full?") from None
+        raise OSError(f"cannot write {path} ({reason}){hint}. Is the disk full?") from None
     if previous and path.exists():
         os.replace(path, previous)                  # a crash here: see `load`
     os.replace(part, path)
@@ -186,8 +186,8 @@ def load_model(path, device="cpu"):
     config = state["config"]
     try:
         sizes = [config["image_size"], config["train_images"] or 1, config["test_images"] or 1]
-        kinds = [type(config["data"]), *(type(n) for n in (config["seed"], *sizes))]
-        if kinds != [str, int, int, int, int] or min(sizes) < 1:
+        types = [type(config["data"]), *(type(n) for n in (config["seed"], *sizes))]
+        if types != [str, int, int, int, int] or min(sizes) < 1:
             raise TypeError("its flags are not those of train.py")
         teacher = teachers.teacher_from_state(state["teacher"])
         student = STUDENTS[config["recipe"]](argparse.Namespace(**config), teacher.width)

@@ -124,7 +124,7 @@ def choose(n, limit, seed):
     return order[:limit].sort().values if limit else torch.arange(n)
 
 
-ASSUMED_FREE_MEMORY = 4 * 10**9                     # bytes, where the system does not say
+ASSUMED_FREE_MEMORY = 4 * 10**9                     # bytes, where the system gives no figure
 
 
 def free_memory():
@@ -142,10 +142,10 @@ def fits_in_memory(what, n, side, storage):
     is "auto" and the copies of all processes take no more than half of the free memory (the other
     half is for the copies that subsets make)."""
     processes = distributed.world_size()
-    need, (free, word) = 3 * n * side**2 * processes, free_memory()
+    need, (free, free_text) = 3 * n * side**2 * processes, free_memory()
     small = need <= free / 2
     reason = (f"--storage {storage}" if storage != "auto" else
-              f"{'at most' if small else 'more than'} half of the {free / 1e6:.0f} MB {word}")
+              f"{'at most' if small else 'more than'} half of the {free / 1e6:.0f} MB {free_text}")
     memory = storage == "memory" or storage == "auto" and small
     print(f"{what}: {n} images of {side} x {side} pixels, {need / 1e6:.1f} MB for {processes} "
           f"{'process' if processes == 1 else 'processes'}, are "
@@ -158,8 +158,8 @@ def load_folder(path, split, size, limit, seed, storage):
     smaller if the first one is smaller."""
     root, names, labels, classes, ignored = list_folder(path, split)
     if ignored:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common())
-        print(f"{root}: ignored {ignored.total()} files: {kinds}")
+        counts = ", ".join(f"{name} {count}" for name, count in ignored.most_common())
+        print(f"{root}: ignored {ignored.total()} files: {counts}")
     names, labels = np.array([os.fsencode(name) for name in names]), torch.tensor(labels)
     chosen = choose(len(names), limit, seed)
     labels = labels[chosen]
@@ -183,8 +183,7 @@ def image_count(text):
 def load(name, split, size, limit=None, seed=0, storage="auto"):
     """The data set `name` (shapes, scenes, cifar10, cifar100, stl10 or folder:PATH), split train or
     test, as an ImageSet of at most `limit` images. storage: `memory`, `stream` or `auto`, see
-    `fits_in_memory`. Raises ValueError for an unknown name, OSError for what cannot be had; both
-    say what to do."""
+    `fits_in_memory`. Raises ValueError for an unknown name, OSError for what cannot be had."""
     if name.startswith("folder:"):
         return load_folder(name[len("folder:"):], split, size, limit, seed, storage)
     if storage == "stream":
@@ -294,13 +293,13 @@ class Augment:
         contrast = 1 + on * self.uniform(x, -c, c)
         saturation = 1 + on * self.uniform(x, -s, s)
         saturation = saturation * (1 - self.coin(x, self.grey).flatten().float())
-        turn = on * self.uniform(x, -h, h) * 2 * torch.pi
+        rotation = on * self.uniform(x, -h, h) * 2 * torch.pi
         luma = x.new_tensor([0.299, 0.587, 0.114]).expand(3, 3)     # every row: the grey of a pixel
         eye, third = torch.eye(3, device=x.device), x.new_full((3, 3), 1 / 3)
         # Rodrigues' formula about (1, 1, 1) / sqrt(3):
         # cos * I + (1 - cos) * projection + sin * cross product
         cross = x.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
-        cos, sin = turn.cos().view(-1, 1, 1), turn.sin().view(-1, 1, 1)
+        cos, sin = rotation.cos().view(-1, 1, 1), rotation.sin().view(-1, 1, 1)
         matrix = cos * eye + (1 - cos) * third + sin * cross                    # (V*B, 3, 3)
         saturate = luma + saturation.view(-1, 1, 1) * (eye - luma)
         matrix = brightness.view(-1, 1, 1) * (saturate @ matrix)

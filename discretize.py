@@ -44,7 +44,7 @@ class Discretizer(nn.Module):
     every step (see `anneal`); a loaded model has the final one. Raises ValueError for flags that
     make no sense."""
 
-    default_tau = default_tau_start = 0.12      # where the flags do not say (paper: softmax 0.12)
+    default_tau = default_tau_start = 0.12      # where no flag sets it (paper: softmax 0.12)
 
     def __init__(self, width, vocab, args):
         super().__init__()

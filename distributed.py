@@ -71,8 +71,8 @@ def checked(collective, *args, **kwargs):
 
 
 class Mean(torch.autograd.Function):
-    """Mean over the processes. Each has a loss of its own and their mean counts, so the gradient is
-    the mean of the gradients that all of them have for the result."""
+    """Mean over the processes. Each has its own loss and their mean counts, so the gradient is the
+    mean of the gradients that all of them have for the result."""
 
     @staticmethod
     def forward(ctx, x):

@@ -1,4 +1,4 @@
-"""How much of the teacher's accuracy a few symbols keep: k-NN, linear probe, collapse figures.
+"""Accuracy of a few symbols beside the teacher's: k-NN, linear probe, collapse figures.
 
     python evaluate.py runs/shapes/ckpt.pt
     python evaluate.py runs/shapes/ckpt.pt --json results/shapes.json --probe-on both
@@ -112,7 +112,7 @@ def monitor(trainer, held_out, knn):
 
 
 def collapse_warnings(record):
-    """What collapse looks like in the figures of a line of the log."""
+    """Yields what in a line of the log is a sign of collapse."""
     share = record["teacher_entropy"] / record["teacher_entropy_max"]
     if share < 0.005:
         yield ("the teacher's entropy is 0: all images have one prototype (raise --teacher-temp, "
@@ -153,10 +153,10 @@ def score_prefixes(train, train_y, test, test_y, lengths, vocab, soft, probe_on)
         row = rows["student"][n] = score(train["z"][j], train_y, test["z"][j], test_y)
         rows["soft_minus_hard"][n] = 0.0                # where no assignment is soft
         if "soft" in train and "soft" in test:
-            mixed = score(train["soft"][j], train_y, test["soft"][j], test_y, probe=soft)
-            rows["soft_minus_hard"][n] = mixed["knn"][0] - row["knn"][0]
+            soft_row = score(train["soft"][j], train_y, test["soft"][j], test_y, probe=soft)
+            rows["soft_minus_hard"][n] = soft_row["knn"][0] - row["knn"][0]
             if soft:
-                rows["soft"][n] = mixed
+                rows["soft"][n] = soft_row
         if probe_on != "z":
             a, b = (one_hot(part["ids"][:, :n], vocab) for part in (train, test))
             target = row if probe_on == "onehot" else rows["onehot"].setdefault(n, {})
@@ -205,9 +205,9 @@ def summary(results):
     """results.json, and what --json writes: percentages 0..100, ratios and shares, bits per image,
     soft_minus_hard in points; keys of prefixes are strings."""
     figures = {name: flat(results[name]) for name in ("teacher", "teacher_space")}
-    for kind in ("student", "soft", "onehot"):
-        if results[kind]:
-            figures[kind] = {str(n): flat(row) for n, row in results[kind].items()}
+    for name in ("student", "soft", "onehot"):
+        if results[name]:
+            figures[name] = {str(n): flat(row) for n, row in results[name].items()}
     for name in ("retention_raw", "retention_space", "soft_minus_hard"):
         figures[name] = {str(n): value for n, value in results[name].items()}
     return figures | {key: results[key] for key in ("perplexity", "codebook_usage", "unique_codes",
@@ -233,10 +233,10 @@ def print_table(results):
           + f"{'to raw CLS':>12}{'to space':>12}")
     line("teacher's raw CLS", "", results["teacher"])
     line("CLS in student's space", "", results["teacher_space"])
-    for kind, note in (("student", ""), ("soft", ", soft"), ("onehot", ", one-hot")):
-        for n, row in results[kind].items():
-            bits = "" if kind == "soft" else f"{n * math.log2(results['vocab']):.4g}"
-            ratios = [f"{results[f'retention_{to}'][n]:.3f}" if kind == "student" else ""
+    for name, note in (("student", ""), ("soft", ", soft"), ("onehot", ", one-hot")):
+        for n, row in results[name].items():
+            bits = "" if name == "soft" else f"{n * math.log2(results['vocab']):.4g}"
+            ratios = [f"{results[f'retention_{to}'][n]:.3f}" if name == "student" else ""
                       for to in ("raw", "space")]
             line(f"{n} symbol{'s' * (n > 1)}{note}", bits, row, ratios)
     print("k-NN top-1 of soft assignments minus that of hard symbols: "

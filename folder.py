@@ -23,7 +23,7 @@ import distributed
 
 # --------------------------------------------------------------------------- reading an image file
 
-# What IMG_EXTENSIONS stand for, and GIF, whatever the file's name is. Pillow knows more formats;
+# What IMG_EXTENSIONS stand for, and GIF, whatever the file's name is. Pillow reads more formats;
 # for EPS it would run ghostscript on a stranger's program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = IMG_EXTENSIONS
@@ -34,7 +34,7 @@ STRETCHED = ("images of 32-bit integers or floats are stretched from their own m
 
 
 @functools.cache
-def say_once(line):
+def warn_once(line):
     print(line, file=sys.stderr)
 
 
@@ -93,7 +93,7 @@ def read_image(path, side):
     """`decode` as a tensor (3, side, side) uint8; prints once that an image was stretched."""
     pixels, stretched = decode(path, side)
     if stretched:
-        say_once(STRETCHED)
+        warn_once(STRETCHED)
     return torch.from_numpy(pixels)
 
 
@@ -203,7 +203,7 @@ class ImageFiles:
 
     def batches(self, index_batches):
         """As `ImageSet.batches`, read ahead by a worker process for each core; one batch by none.
-        The workers' seeds come from a generator of their own, for training's is not to move."""
+        The workers' seeds come from their own generator, for training's is not to move."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = max(1, min(MOST_WORKERS, cores // distributed.world_size(), len(index_batches)))
         loader = DataLoader(
@@ -216,7 +216,7 @@ class ImageFiles:
                     raise notes
                 for name, line in notes.items():
                     if name not in self.unreadable:
-                        say_once(line)
+                        warn_once(line)
                     self.unreadable.update({name} - {None})
                 yield torch.from_numpy(pixels)
         except RuntimeError as error:               # PyTorch's for a worker that was killed
@@ -243,7 +243,7 @@ def list_folder(path, split):
             elif not name.startswith("."):
                 ignored[extension or "without extension"] += 1
     if not names:
-        raise FileNotFoundError(f"no images in {root} (looked for {' '.join(EXTENSIONS)})")
+        raise FileNotFoundError(f"no images in {root} (looking for {' '.join(EXTENSIONS)})")
     names.sort(key=lambda name: name.split(os.sep))
     folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
     classes = sorted({*folders} - {None})

@@ -4,8 +4,8 @@
     symbols = symbolizer(images)                # (B, 3, H, W) -> (B, T) int64
     z_s = symbolizer.decode(symbols)            # (B, T) -> (B, D, d), one row per prefix
 
-FOLDER is the one that holds this file. The calling program may have modules called model, data,
-train ... itself: it keeps them, because ours leave sys.modules once they are imported.
+FOLDER is the one that holds this file. The calling program may itself have modules called model,
+data, train ...; these stay, because ours leave sys.modules once they are imported.
 """
 import pathlib
 import sys

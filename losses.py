@@ -33,24 +33,24 @@ def sinkhorn(logits, temperature, iterations=3):
 class Centering(torch.nn.Module):
     """Teacher logits -> the probabilities p_t that the student must match.
 
-    kind="center": softmax((logits - c) / temperature), c an EMA of the batch mean (DINO).
-    kind="sinkhorn": see `sinkhorn`; needs no state and cannot collapse to one prototype.
-    kind="none": softmax(logits / temperature), for prototypes that are not learned.
+    method="center": softmax((logits - c) / temperature), c an EMA of the batch mean (DINO).
+    method="sinkhorn": see `sinkhorn`; needs no state and cannot collapse to one prototype.
+    method="none": softmax(logits / temperature), for prototypes that are not learned.
     """
 
-    def __init__(self, prototypes, kind, momentum=0.9):
+    def __init__(self, prototypes, method, momentum=0.9):
         super().__init__()
-        self.kind, self.momentum = kind, momentum
+        self.method, self.momentum = method, momentum
         self.register_buffer("center", torch.zeros(prototypes))
 
     @torch.no_grad()
     def forward(self, logits, temperature):
         """logits (V, B, P) -> p_t (V, B, P); moves the center after using it, as DINO does."""
-        if self.kind == "sinkhorn":
+        if self.method == "sinkhorn":
             of_all = distributed.all_gather(logits.flatten(0, 1))
             return distributed.shard(sinkhorn(of_all, temperature)).view_as(logits)
         p = F.softmax((logits.float() - self.center) / temperature, dim=-1)
-        if self.kind == "center":
+        if self.method == "center":
             mean = distributed.all_reduce_mean(logits.float().mean((0, 1)))
             self.center.lerp_(mean, 1 - self.momentum)
         return p
@@ -59,7 +59,7 @@ class Centering(torch.nn.Module):
 @torch.no_grad()
 def ema_update(target, source, momentum):
     """theta_T <- m theta_T + (1 - m) theta_S (paper, section 3.1). BatchNorm's running statistics
-    are not averaged: a target in training mode keeps its own, of its own activations."""
+    are not averaged: a target in training mode computes them itself."""
     for t, s in zip(target.parameters(), source.parameters()):
         t.lerp_(s, 1 - momentum)
 

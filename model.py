@@ -237,7 +237,7 @@ class Student(nn.Module):
 
     @staticmethod
     def add_flags(add):
-        """The paper has no flags of its own."""
+        """The paper has no further flags."""
 
     def __init__(self, args, width):
         """Raises ValueError for sizes that do not fit."""

@@ -1,4 +1,4 @@
-"""The numeric precision of a run: one place decides, and everything that computes asks it.
+"""The numeric precision of a run: one place decides, for everything that computes.
 
     python precision.py                     # what this machine's products cost, and the choice
 
@@ -62,9 +62,9 @@ def resolve(device, name="auto"):
 
 def autocast(device, name="auto"):
     """The context manager in which networks run on `device`: torch.autocast, off for float32."""
-    kind, name = torch.device(device).type, resolve(str(device), name)
+    device_type, name = torch.device(device).type, resolve(str(device), name)
     dtype = torch.bfloat16 if name == "float32" else getattr(torch, name)       # any: it is off
-    return torch.autocast(kind, dtype, enabled=name != "float32")
+    return torch.autocast(device_type, dtype, enabled=name != "float32")
 
 
 def hardware_info(device):

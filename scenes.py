@@ -4,7 +4,7 @@
 
 Each scene is a function of (seed, index) alone, as in shapes.py. One object is large, the others
 are medium or small, so that "the largest object" always has one answer: its shape is the class.
-Objects do not overlap. Shapes, colours and places are drawn independently of each other.
+Objects do not overlap. Shapes, colours and positions are drawn independently of each other.
 """
 import time
 
@@ -17,18 +17,18 @@ import shapes
 FACTORS = shapes.FACTORS                # the same words; column and row: the third of the canvas
 SIDE, OBJECTS = 48, 4                   # pixels; at most this many objects
 RADII = torch.tensor([5.2, 6.6, 9.0])   # pixels, one per size
-# The farthest that a pixel of an object lies from its centre, rounded up: 1.05 (jitter of the size)
+# The farthest that a pixel of an object lies from its middle, rounded up: 1.05 (jitter of the size)
 # times 1.14 (the corner of an hourglass, in units of the radius)
 REACH = torch.tensor([7, 8, 11], dtype=torch.short)
 WINDOW = 24                             # pixels: an object is drawn in a square of this side
 COUNTS = {"train": 50_000, "test": 10_000}
 
 
-def choose_places(u, size, present):
-    """Centres on whole pixels, one object after the other, each uniform among the places where it
+def choose_positions(u, size, present):
+    """Middles on whole pixels, one object after the other, each uniform among those where it
     lies inside the canvas and touches no earlier one. u (4, n) in [0, 1); size (n, 4) int64, as
     indices into REACH; present (n, 4) bool -> x, y (n, 4) int64, and `present` without the objects
-    for which no place was left (1 in 500 scenes has one)."""
+    for which none was left (1 in 500 scenes has one)."""
     axis = torch.arange(int(REACH.min()), SIDE - int(REACH.min()) + 1, dtype=torch.short)
     gy, gx = (g.flatten() for g in torch.meshgrid(axis, axis, indexing="ij"))
     border = torch.minimum(torch.minimum(gx, SIDE - gx), torch.minimum(gy, SIDE - gy))
@@ -41,9 +41,9 @@ def choose_places(u, size, present):
             clear = dx * dx + dy * dy >= (reach[:, k, None] + reach[:, j, None]) ** 2
             free &= clear | ~present[:, j, None]
         present[:, k] &= free.any(1)
-        rank = (u[k] * free.sum(1)).long()                      # which one of the free places
-        place = (free.cumsum(1, dtype=torch.short) > rank[:, None]).byte().argmax(1)
-        x[:, k], y[:, k] = gx[place], gy[place]
+        rank = (u[k] * free.sum(1)).long()                      # which one of the free ones
+        chosen = (free.cumsum(1, dtype=torch.short) > rank[:, None]).byte().argmax(1)
+        x[:, k], y[:, k] = gx[chosen], gy[chosen]
     return x.long(), y.long(), present
 
 
@@ -58,24 +58,24 @@ def draw_scenes(indices, seed=0):
     present = torch.arange(OBJECTS) < number[:, None]                           # (n, 4)
     small = torch.stack([(2 * v[2]).long() for v in objects[1:]], 1).sort(1, descending=True).values
     size = torch.cat([torch.full_like(number, 2)[:, None], small], 1)           # (n, 4)
-    x, y, present = choose_places(torch.stack([v[12] for v in objects]), size, present)
+    x, y, present = choose_positions(torch.stack([v[12] for v in objects]), size, present)
     factors = {"shape": torch.stack([(10 * v[0]).long() for v in objects], 1),
                "colour": torch.stack([(8 * v[1]).long() for v in objects], 1), "size": size,
                "column": 3 * x // SIDE, "row": 3 * y // SIDE}
-    images = shapes.draw_background(scene, *shapes.pixel_centres(SIDE))
+    images = shapes.draw_background(scene, *shapes.pixel_grid(SIDE))
     images = F.pad(images, [WINDOW // 2] * 4)                   # so that every window lies inside
     masks = torch.zeros(len(images), *images.shape[-2:], dtype=torch.uint8)
-    px, py = (axis - WINDOW // 2 for axis in shapes.pixel_centres(WINDOW))      # centre: 0, 0
+    px, py = (axis - WINDOW // 2 for axis in shapes.pixel_grid(WINDOW))      # middle: 0, 0
     image, window = torch.arange(len(images))[:, None, None], torch.arange(WINDOW)
     for k, v in enumerate(objects):
         radius = (RADII[size[:, k]] * (0.95 + 0.1 * v[14]))[:, None, None]
         paint, cover = shapes.draw_object(v, factors["shape"][:, k], factors["colour"][:, k],
                                           0, 0, radius, px, py)     # (n, 3, 24, 24), (n, 24, 24)
         cover = cover * present[:, k, None, None]
-        at = image, y[:, k, None, None] + window[:, None], x[:, k, None, None] + window
+        cells = image, y[:, k, None, None] + window[:, None], x[:, k, None, None] + window
         pixels = images.permute(0, 2, 3, 1)                                     # a view
-        pixels[at] = torch.lerp(pixels[at], paint.permute(0, 2, 3, 1), cover[..., None])
-        masks[at] = torch.where(cover > 0.5, k + 1, masks[at])
+        pixels[cells] = torch.lerp(pixels[cells], paint.permute(0, 2, 3, 1), cover[..., None])
+        masks[cells] = torch.where(cover > 0.5, k + 1, masks[cells])
     images, masks = (part[..., WINDOW // 2:-WINDOW // 2, WINDOW // 2:-WINDOW // 2]
                      for part in (images, masks))
     factors = {name: values.where(present, -1) for name, values in factors.items()}
@@ -94,8 +94,8 @@ def load(split, limit=None, seed=0):
 
 def describe(factors, index, k):
     """Object k of scene `index` in words: "medium red disc, top left"."""
-    word = {name: values[factors[name][index, k]] for name, values in FACTORS.items()}
-    return "{size} {colour} {shape}, {row} {column}".format_map(word)
+    values = {name: known[factors[name][index, k]] for name, known in FACTORS.items()}
+    return "{size} {colour} {shape}, {row} {column}".format_map(values)
 
 
 def main():

@@ -34,7 +34,7 @@ def checked_classes(train_x, train_y, test_x, test_y):
     return y[: len(train_y)], y[len(train_y) :], len(classes)
 
 
-def distinct(x, y):
+def unique_entries(x, y):
     """Images with the same feature and the same class count as one entry with a size, which is
     exact and saves nearly all work for short codes. x (n, d), y (n,) below 2^24 -> float32
     features (E, d), labels (E,), entry of each image (n,), images in each entry (E,)."""
@@ -60,9 +60,9 @@ def nearest_entries(similarity, sizes, k):
     m = k + k // 4 + 1
     while True:
         near, index = similarity.topk(min(m, len(sizes)))
-        place = torch.arange(near.shape[1], device=near.device).expand_as(index)
+        rank = torch.arange(near.shape[1], device=near.device).expand_as(index)
         is_first = near.diff(dim=1, prepend=near[:, :1]) < -TIE
-        near = near.gather(1, place.where(is_first, 0).cummax(1).values)
+        near = near.gather(1, rank.where(is_first, 0).cummax(1).values)
         kth = (sizes[index].cumsum(1) < k).sum(1, keepdim=True)     # (b, 1) the k-th image's entry
         if m >= len(sizes) or (near[:, -1:] < near.gather(1, kth)).all():
             return near, index
@@ -96,8 +96,8 @@ def knn_hits(train_x, train_y, test_x, test_y, ks=KS, temperature=0.07):
     Raises ValueError for an empty part, and for features that are not finite.
     """
     train_y, test_y, classes = checked_classes(train_x, train_y, test_x, test_y)
-    gallery, labels, _, sizes = distinct(train_x, train_y)
-    queries, query_y, query, _ = distinct(test_x, test_y)
+    gallery, labels, _, sizes = unique_entries(train_x, train_y)
+    queries, query_y, query, _ = unique_entries(test_x, test_y)
     gallery, queries = F.normalize(gallery, dim=1), F.normalize(queries, dim=1)
     clamped = [min(k, len(train_y)) for k in ks]
     rows = max(MIN_QUERIES, CHUNK // len(gallery))
@@ -164,12 +164,12 @@ def linear_probe(train_x, train_y, test_x, test_y, grid=L2_GRID, iterations=25, 
     Our choices, because the paper names no solver: features standardised by the train part (columns
     that never vary are dropped) and turned to their principal axes, which changes neither loss nor
     penalty; the weight decay with the lowest cross-entropy on a random tenth of the *train* part,
-    each fit starting from the one before; then three times as many steps on all of it. The test
+    each fit starting from the one before; then three times the steps on all of it. The test
     part is used once. x: (n, d) of any scale, one-hot symbols too. Raises ValueError as
     `knn_accuracies` does.
     """
     train_y, test_y, classes = checked_classes(train_x, train_y, test_x, test_y)
-    x, y, entry, size = distinct(train_x, train_y)
+    x, y, entry, size = unique_entries(train_x, train_y)
     share = size.float() / len(train_y)                             # (E,) of the images
     mean = share @ x
     std = (share @ (x - mean).square()).sqrt()

@@ -16,7 +16,7 @@ FACTORS = {
               "hourglass", "bars"],
     "colour": ["red", "orange", "yellow", "green", "cyan", "azure", "violet", "magenta"],
     "size": ["small", "medium", "large"],
-    "column": ["left", "centre", "right"],
+    "column": ["left", "middle", "right"],
     "row": ["top", "middle", "bottom"],
 }
 HUES = torch.tensor([0.0, 30.0, 58.0, 120.0, 180.0, 212.0, 268.0, 312.0])  # degrees, one per colour
@@ -25,34 +25,34 @@ SIDE = 32
 COUNTS = {"train": 50_000, "test": 10_000}
 
 
-def signed_distance(kind, x, y):
-    """Distance to the outline of FACTORS["shape"][kind], negative inside, for points in units of
+def signed_distance(shape, x, y):
+    """Distance to the outline of shape number `shape`, negative inside, for points in units of
     the object's radius; exact near the outline, which is all that anti-aliasing needs."""
     ax, ay, r = x.abs(), y.abs(), (x * x + y * y).sqrt()
-    if kind == 0:                                                               # disc
+    if shape == 0:                                                              # disc
         return r - 0.9
-    if kind == 1:                                                               # ring
+    if shape == 1:                                                              # ring
         return (r - 0.68).abs() - 0.24
-    if kind == 2:                                                               # square
+    if shape == 2:                                                              # square
         return torch.maximum(ax, ay) - 0.8
-    if kind == 3:                                                               # triangle, tip up
+    if shape == 3:                                                              # triangle, tip up
         return torch.maximum(0.866 * ax - 0.5 * y, y) - 0.5
-    if kind == 4:                                                          # star: one fifth, folded
+    if shape == 4:                                                         # star: one fifth, folded
         fifth = 2 * torch.pi / 5
         angle = torch.atan2(x, -y)
         angle = (angle - fifth * torch.round(angle / fifth)).abs()
         # the edge runs from the tip (1, 0) to the notch at half a fifth, radius 0.42
         return (r * angle.cos() - 1.0) * 0.350 + r * angle.sin() * 0.937
-    if kind == 5:                                                               # cross
+    if shape == 5:                                                              # cross
         return torch.minimum(torch.maximum(ax - 0.95, ay - 0.28),
                              torch.maximum(ay - 0.95, ax - 0.28))
-    if kind == 6:                                                               # crescent
+    if shape == 6:                                                              # crescent
         return torch.maximum(r - 0.95, 0.72 - ((x - 0.42) ** 2 + y * y).sqrt())
-    if kind == 7:                                                        # heart: two discs, a wedge
+    if shape == 7:                                                       # heart: two discs, a wedge
         lobes = ((ax - 0.42) ** 2 + (y + 0.35) ** 2).sqrt() - 0.48
         wedge = torch.maximum(0.755 * ax + 0.656 * y - 0.60, -0.35 - y)
         return torch.minimum(lobes, wedge)
-    if kind == 8:                                                               # hourglass
+    if shape == 8:                                                              # hourglass
         return torch.maximum(ay - 0.85, 0.78 * (ax - 0.8 * ay) - 0.06)
     return torch.maximum(ax - 0.85, (ay - 0.5).abs() - 0.22)                    # two bars
 
@@ -78,12 +78,12 @@ def random_numbers(indices, seed, count=24, side=SIDE):
 
 
 def draw_background(u, px, py):
-    """Pixel centres px, py (H, W) -> (n, 3, H, W) in [0, 1]: a dim, nearly grey colour with faint
+    """Middles of pixels px, py (H, W) -> (n, 3, H, W) in [0, 1]: a dim, nearly grey colour with faint
     stripes of any direction and width. Plain and dim on purpose (our choice): with busy backgrounds
     a self-supervised teacher learns the background, because it is the cheaper cue."""
-    turn, width, phase, strength = (u[k, :, None, None] for k in (5, 6, 7, 11))
-    turn = torch.pi * turn
-    wave = ((px * turn.cos() + py * turn.sin()) * (0.3 + 0.7 * width) + 6.28 * phase).sin()
+    angle, width, phase, strength = (u[k, :, None, None] for k in (5, 6, 7, 11))
+    angle = torch.pi * angle
+    wave = ((px * angle.cos() + py * angle.sin()) * (0.3 + 0.7 * width) + 6.28 * phase).sin()
     ground = hsv_to_rgb(360 * u[8], 0.25 * u[9], 0.18 + 0.2 * u[10])
     return ground * (1 + 0.15 * strength * wave)[:, None]
 
@@ -91,16 +91,16 @@ def draw_background(u, px, py):
 def draw_object(u, shape, colour, cx, cy, radius, px, py):
     """-> its colour (n, 3, H, W) in [0, 1] and the share of each pixel that it covers, (n, H, W).
     u (24, n) in [0, 1); shape and colour (n,) int64, indices into FACTORS; centre cx, cy and radius
-    (n, 1, 1) in pixels; px, py: pixel centres, (H, W) or (n, H, W). Angle and hue are jittered, so
+    (n, 1, 1) in pixels; px, py: middles of pixels, (H, W) or (n, H, W). Angle and hue are jittered, so
     that a factor is a category, not a number."""
     v = u[..., None, None]                                                      # (24, n, 1, 1)
     angle = 0.5 * v[15] - 0.25                                         # radians, about +-14 degrees
     dx, dy = (px - cx) / radius, (py - cy) / radius
     x, y = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
     distance = torch.empty_like(x)
-    for kind in range(len(FACTORS["shape"])):
-        chosen = shape == kind
-        distance[chosen] = signed_distance(kind, x[chosen], y[chosen])
+    for number in range(len(FACTORS["shape"])):
+        chosen = shape == number
+        distance[chosen] = signed_distance(number, x[chosen], y[chosen])
     cover = (0.5 - distance * radius).clamp(0, 1)
 
     hue = HUES[colour] + 16 * u[16] - 8
@@ -115,7 +115,7 @@ def add_noise(images, u, noise):
     return images.round().clamp(0, 255).byte()
 
 
-def pixel_centres(side):
+def pixel_grid(side):
     """-> px, py, (side, side) each, in pixels."""
     axis = torch.arange(side) + 0.5
     py, px = torch.meshgrid(axis, axis, indexing="ij")
@@ -128,7 +128,7 @@ def draw_shapes(indices, seed=0):
     u, noise = random_numbers(indices, seed)
     factors = {name: (u[k] * len(values)).long()
                for k, (name, values) in enumerate(FACTORS.items())}
-    px, py = pixel_centres(SIDE)
+    px, py = pixel_grid(SIDE)
     ground = draw_background(u, px, py)
     v = u[..., None, None]                                                      # (24, n, 1, 1)
     column, row, size = (factors[name][:, None, None] for name in ("column", "row", "size"))
@@ -158,7 +158,7 @@ def main():
     for name, values in FACTORS.items():
         print(f"  {name:7} {values[factors[name][0]]:9} of {', '.join(values)}")
     print(f"  mask    {masks[0].sum()} of {SIDE * SIDE} pixels")
-    rows = [images[factors["shape"] == kind][:10] for kind in range(len(FACTORS["shape"]))]
+    rows = [images[factors["shape"] == shape][:10] for shape in range(len(FACTORS["shape"]))]
     sheet = torch.stack(rows).permute(0, 3, 1, 4, 2).reshape(10 * SIDE, 10 * SIDE, 3)
     large = Image.fromarray(sheet.numpy()).resize((960, 960), Image.Resampling.NEAREST)
     large.save("shapes.png")

@@ -6,7 +6,7 @@ what keeps the symbols from collapsing. (Our choices within `--recipe paper` are
 
 1. Residual codebooks (SoundStream, EnCodec): at position t the decoder predicts the CLS token from
    the patch tokens (`cls_pred`), and the discretizer chooses the codeword e_t for what the earlier
-   codewords leave of it. Each position has a discretizer of its own, of any kind.
+   codewords leave of it. Each position has its own discretizer, of any kind.
 2. Their codebooks start at residual k-means of the CLS tokens and then learn by gradient.
 3. The CLS is whitened by its covariance within images, between augmented views, and by that of
    x - mean(kNN(x)) (RCA with k-NN chunklets), projected to its principal components and
@@ -53,8 +53,8 @@ def kmeans(x, count, iterations=KMEANS_ITERATIONS):
 
 def nearest_centroid(x, centroids):
     """x (n, d), centroids (K, d) -> (n,) int64: argmin_k |x - c_k|^2."""
-    half = centroids.square().sum(1) / 2                            # |c|^2 / 2 - <x, c> decides
-    return torch.cat([(half - part @ centroids.T).argmin(1) for part in x.split(2000)])
+    half_norms = centroids.square().sum(1) / 2                      # |c|^2 / 2 - <x, c> decides
+    return torch.cat([(half_norms - part @ centroids.T).argmin(1) for part in x.split(2000)])
 
 
 def neighbour_means(y, neighbours, rows):
@@ -187,8 +187,8 @@ class StableStudent(Student):
 
     def interpret(self, embeddings):
         """(B, T, d) -> z_s (B, D, d): the sum of each prefix's codewords, corrected by E_S."""
-        sums = embeddings.cumsum(1)[:, [n - 1 for n in self.lengths]]
-        return sums + self.interpreter(embeddings)
+        prefix_sums = embeddings.cumsum(1)[:, [n - 1 for n in self.lengths]]
+        return prefix_sums + self.interpreter(embeddings)
 
     def embed(self, ids):
         """ids (B, T) -> each position's codewords (B, T, d)."""
@@ -223,7 +223,7 @@ class StableStudent(Student):
 
     def fit_whitening(self, encode):
         """Whitens by the covariance within images, between two augmented views: what lasts counts.
-        -> CLS of the images as they are, whitened, (n, d)."""
+        -> CLS of the un-augmented images, whitened, (n, d)."""
         views = torch.stack([encode(WITHIN_IMAGES, True) for _ in range(2)])    # (2, n, N+1, d)
         patches = views[:, :500, 1:].flatten(0, 2)
         self.mean.copy_(torch.stack([views[:, :, 0].mean((0, 1)), patches.mean(0)]))

@@ -92,17 +92,17 @@ class Teacher(nn.Module):
 
     def positions(self, h, w):
         """Position embedding for a grid of h x w patches: (1, 1 + h*w, d)."""
-        table = self.vit.encoder.pos_embedding
+        embedding = self.vit.encoder.pos_embedding
         side = self.image_size // self.patch
         if (h, w) == (side, side):
-            return table
-        grid = table[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
+            return embedding
+        grid = embedding[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
         offset = self.interpolate_offset
         to = ({"scale_factor": ((h + offset) / side, (w + offset) / side)} if offset
               else {"size": (h, w)})
         grid = F.interpolate(grid, **to, mode="bicubic", align_corners=False,
                              antialias=self.interpolate_antialias)
-        return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+        return torch.cat([embedding[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, x):
         x = self.vit.conv_proj(x)                                               # (B, d, h, w)
@@ -156,7 +156,7 @@ def small_vit(image_size, patch, width, depth, heads, stem=(), eps=1e-6, **setti
 
 def load_teacher(name_or_path):
     """A name of HUB, `random:` and a name of HUB, a name in weights/, or a file -> Teacher,
-    frozen, in eval mode, float32. Raises OSError or ValueError, one line that says what to do."""
+    frozen, in eval mode, float32. Raises OSError or ValueError, in one line."""
     name = str(name_or_path)
     if name.startswith("random:"):
         return random_teacher(name.removeprefix("random:"))
@@ -227,8 +227,8 @@ def read_weights(path):
         with torch.serialization.safe_globals([argparse.Namespace]):     # DINO and MAE store flags
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # truncated, foreign or hostile: torch raises a dozen kinds
-        kind = "safetensors file" if safe else "PyTorch checkpoint"
-        raise ValueError(f"{path} is damaged or no {kind} ({type(error).__name__})") from None
+        expected = "safetensors file" if safe else "PyTorch checkpoint"
+        raise ValueError(f"{path} is damaged or no {expected} ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights")
     return state
@@ -335,7 +335,7 @@ def to_torchvision(state, config):
 
 
 def settings_of(names, config):
-    """The Teacher's extra state, as far as `names`, all those of the file, and config tell it."""
+    """The Teacher's extra state, as far as `names`, all of the file's, and config determine it."""
     has = lambda pattern: any(re.search(pattern, name) for name in names)       # noqa: E731
     if has(r"\b(base|momentum)_encoder\."):                                     # MoCo v3
         return {"heads": 12}
@@ -391,9 +391,9 @@ def fold_layer_scale(state):
 
 def add_cls_position(state):
     """timm may have no position for CLS, (1, N, d): a zero, in place -> (1, 1+N, d)."""
-    table = state.get("encoder.pos_embedding")
-    if getattr(table, "ndim", 0) == 3 and is_square(table.shape[1]) and table.shape[1] > 1:
-        state["encoder.pos_embedding"] = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
+    grid = state.get("encoder.pos_embedding")
+    if getattr(grid, "ndim", 0) == 3 and is_square(grid.shape[1]) and grid.shape[1] > 1:
+        state["encoder.pos_embedding"] = torch.cat([torch.zeros_like(grid[:, :1]), grid], 1)
 
 
 def is_square(n):

@@ -113,7 +113,7 @@ def overlay(image, attention, side):
     """uint8 image (3, H, W) and an attention map (N,), sum 1, N square -> uint8 (3, side, side).
 
     Warm where the attention is high, dark and grey elsewhere. Full warmth is the map's peak, or
-    four times uniform attention if the peak is lower, so that a uniform map looks flat and dim.
+    four times uniform attention if the peak is lower, so that a uniform map appears flat and dim.
     """
     grid = math.isqrt(len(attention))
     heat = attention.view(1, 1, grid, grid) / max(float(attention.max()), 4 / grid**2)
@@ -160,7 +160,7 @@ SPECIFIC = ("the symbol most specific to one class, among those of at least 1 % 
 
 def specific_symbol(ids, labels):
     """ids (n, T), labels (n,), -1 = none -> SPECIFIC: the symbol whose images are most often of a
-    single class. Our choice, as the paper does not state how it found 279; a rare symbol can look
+    single class. Our choice, as the paper does not state how it found 279; a rare symbol can seem
     specific by chance, hence the 1 %."""
     emitted = torch.zeros(len(ids), int(ids.max()) + 1).scatter_(1, ids, 1.0)   # (n, K) 0 or 1
     uses, known = emitted.sum(0), labels >= 0
@@ -206,19 +206,20 @@ def figure5(teacher, student, image_set, folder, symbol=None, count=24, size=Non
     top, column, row = MARGIN + 80, CELL + GAP, 2 * CELL + 38
     lines = math.ceil(len(users) / COLUMNS)
     sheet = Sheet(2 * MARGIN + COLUMNS * column - GAP, top + lines * row - 2 * GAP + MARGIN)
-    often, positions = symbol_facts(ids, image_set, symbol)
+    frequency, by_position = symbol_facts(ids, image_set, symbol)
     draw_chip(sheet, MARGIN, MARGIN, symbol, 64)
-    sheet.text(MARGIN + 76, MARGIN + CHIP / 2, often, 16)
-    sheet.text(MARGIN, MARGIN + 38, positions, 13, GREY, room=COLUMNS * column)
+    sheet.text(MARGIN + 76, MARGIN + CHIP / 2, frequency, 16)
+    sheet.text(MARGIN, MARGIN + 38, by_position, 13, GREY, room=COLUMNS * column)
     sheet.text(MARGIN, MARGIN + 58, why, 13, GREY)
     shown = zip(users.tolist(), image_set.get(users), class_names(image_set, users))
     for i, (user, image, name) in enumerate(shown):
         x, y = MARGIN + i % COLUMNS * column, top + i // COLUMNS * row
-        at = (ids[user] == symbol).nonzero().flatten()
-        places = "at " + ", ".join(str(t + 1) for t in at.tolist())
-        sheet.text(x, y + 8, f"{places}: {name}" if name else places, room=CELL)
+        positions = (ids[user] == symbol).nonzero().flatten()
+        title = "at " + ", ".join(str(t + 1) for t in positions.tolist())
+        sheet.text(x, y + 8, f"{title}: {name}" if name else title, room=CELL)
         sheet.image(image, x, y + 20, CELL)
-        sheet.image(overlay(image, maps[user, at].mean(0), 2 * CELL), x, y + 22 + CELL, CELL)
+        attention = maps[user, positions].mean(0)
+        sheet.image(overlay(image, attention, 2 * CELL), x, y + 22 + CELL, CELL)
     return sheet.save(Path(folder) / f"figure5_symbol{symbol}.png")
 
 
@@ -227,7 +228,8 @@ def figure5(teacher, student, image_set, folder, symbol=None, count=24, size=Non
 PANELS = {"knn_top1": "k-NN top-1, %", "loss": "loss",
           "teacher_entropy": "teacher entropy, nats (dashed: ln P)", "kl": "KL(teacher, student)",
           "symbol_entropy": "symbol entropy, nats", "information": "information I(s), nats",
-          "perplexity": "perplexity, mean over positions", "usage": "share of vocabulary in use"}
+          "perplexity": "perplexity, mean over positions",
+          "codebook_usage": "codebook usage, share of the vocabulary"}
 
 
 def read_metrics(run):
@@ -266,7 +268,7 @@ def nice_ticks(low, high, least=0.0):
 def plot(sheet, box, title, lines, levels=()):
     """A panel in box (left, top, right, bottom). lines: [(colour, [(epoch, value)])]; levels: of
     dashed lines. A line that leaves out epochs gets a dot at each value, so that it does not
-    look measured in all. -> place(epoch, value), which gives pixels; None without any value."""
+    seem measured in all. -> to_pixels(epoch, value); None without any value."""
     left, top, right, bottom = box
     sheet.text(left, top - 16, title, 14)
     points = [point for _, values in lines for point in values]
@@ -275,27 +277,27 @@ def plot(sheet, box, title, lines, levels=()):
     epochs, values = [x for x, _ in points], [y for _, y in points] + list(levels)
     xs, ys = nice_ticks(min(epochs), max(epochs), least=1), nice_ticks(min(values), max(values))
 
-    def place(x, y):
+    def to_pixels(x, y):
         return (left + (x - xs[0]) / (xs[-1] - xs[0]) * (right - left),
                 bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top))
 
     digits = max(0, -math.floor(math.log10(ys[1] - ys[0]) + 1e-9))
     for tick in ys:
-        _, y = place(xs[0], tick)
+        _, y = to_pixels(xs[0], tick)
         sheet.line([(left, y), (right, y)], PALE if tick > ys[0] else GREY)
         sheet.text(left - 7, y, f"{tick:.{digits}f}", 12, GREY, "r")
     for tick in xs:
-        sheet.text(place(tick, ys[0])[0], bottom + 14, f"{tick:.0f}", 12, GREY, "m")
-    for _, y in (place(xs[0], level) for level in levels):
+        sheet.text(to_pixels(tick, ys[0])[0], bottom + 14, f"{tick:.0f}", 12, GREY, "m")
+    for _, y in (to_pixels(xs[0], level) for level in levels):
         for x in range(left, right, 10):
             sheet.line([(x, y), (x + 5, y)], GREY)
     for colour, values in lines:
-        pixels = [place(*point) for point in values]
+        pixels = [to_pixels(*point) for point in values]
         sheet.line(pixels, colour, 2)
         if len(values) == 1 or values and values[-1][0] - values[0][0] >= len(values):
             for x, y in pixels:
                 sheet.box(x - 3, y - 3, 6, 6, colour)           # corners so round that it is a dot
-    return place
+    return to_pixels
 
 
 def panel(sheet, x, y, width, height, key, tables):
@@ -311,7 +313,7 @@ def curves(runs, path, keys=tuple(PANELS)):
     `keys` (of PANELS). -> path. Raises FileNotFoundError for a folder without metrics, ValueError
     for an empty or foreign file."""
     if len(runs) > len(RUN_COLOURS):
-        raise ValueError(f"{len(runs)} runs: at most {len(RUN_COLOURS)} can be told apart")
+        raise ValueError(f"{len(runs)} runs: at most {len(RUN_COLOURS)} can be distinguished")
     tables = [read_metrics(run) for run in runs]
     names = [Path(run).resolve().name for run in runs]
     names = [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names)]
@@ -332,7 +334,7 @@ def curves(runs, path, keys=tuple(PANELS)):
 # ---- the command ---------------------------------------------------------------------------------
 
 def draw_checkpoint(args):
-    """Figure 1, and Figure 5 unless only image files were asked for. Yields their paths."""
+    """Figure 1, and Figure 5 unless only image files were given. Yields their paths."""
     config, teacher, student = checkpoint.load_model(args.checkpoint, args.device)
     size, out = config["image_size"], Path(args.out)
     images = [data.read_image(path, size) for path in args.images]
@@ -356,7 +358,7 @@ def main(argv=None):
     add("images", nargs="*", metavar="IMAGE", help="files for Figure 1 (default: test images)")
     add("--out", default=".", help="folder for the figures; with --curves also a FILE.png")
     add("--symbol", type=int, help=f"Figure 5's symbol (default: {SPECIFIC.replace('%', '%%')})")
-    add("--count", type=int, default=8, help="rows of Figure 1; Figure 5 shows three times as many")
+    add("--count", type=int, default=8, help="rows of Figure 1; Figure 5 has three images for each")
     add("--data", help="take the test images from here (default: the run's own data set)")
     add("--limit", type=int, default=2000, help="test images to read: fewer are faster, more make "
         "Figure 5's percentages surer")

@@ -10,8 +10,8 @@ no KV cache, so the whole prefix goes through it again for each symbol, and the 
 the teacher's tokens are made again; the interpreter takes four passes, not one packed pass; teacher
 and student take one view at a time; torchvision's ViT and AdamW are used as they come; there is no
 cache of the teacher's tokens. Both run in the precision that training has on this device, in turns,
-so the speedup tells of the code. Images and the student's weights are random. gemm_fraction is the
-step's FLOP/s divided by those of a large matrix product in the same precision.
+so the speedup is that of the code. Images and the student's weights are random. gemm_fraction is
+the step's FLOP/s divided by those of a large matrix product in the same precision.
 """
 import argparse
 import contextlib

@@ -16,7 +16,7 @@ It refuses if the lines are not those of FOLDER's first images, or if the first 
 again, does not get its line's symbols and log_prob, because another checkpoint wrote them then.
 
 --retrieve ranks the lines by the cosine of z_s, which is decoded from the symbols alone: 1 for
-equal symbols, about 0 for unrelated images (recipe `stable`, whose space is centred). Give the
+equal symbols, about 0 for unrelated images (recipe `stable`, whose space has mean 0). Give the
 checkpoint that wrote the file, because the file does not record it.
 """
 import argparse
@@ -119,7 +119,7 @@ def list_images(root):
              if f.suffix.lower() in EXTENSIONS and not f.is_dir())
     names = [f.as_posix() for f in files if not any(part.startswith(".") for part in f.parts)]
     if not names:
-        raise FileNotFoundError(f"no images in {root} (looked for {' '.join(EXTENSIONS)})")
+        raise FileNotFoundError(f"no images in {root} (looking for {' '.join(EXTENSIONS)})")
     return names
 
 

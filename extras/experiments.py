@@ -43,7 +43,7 @@ LABELS = {"shapes": "shapes (drawn by shapes.py)", "cifar10": "CIFAR-10 (JPEG)"}
 # Only for `stable`: on CIFAR-10 the nearest images are often of another class
 SPACE = {"shapes": "", "cifar10": "--iterations 1"}
 # `paper` makes four new views of each image and runs the teacher on them in every step: an epoch of
-# it costs as much as four of `stable`, and shows its student as many views as four
+# it costs as much as four of `stable`, and shows its student the views of four
 BUDGET = {"paper": "--epochs 1", "stable": ""}
 VOCABS = (128, 256, 512)
 RECIPES, DISCS = ("paper", "stable"), ("softmax", "gumbel", "vq")

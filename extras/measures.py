@@ -223,7 +223,7 @@ def jpeg(images, quality=75):
 # ---- a checkpoint: all its measures, and the report ----------------------------------------------
 
 def factor_measures(ids, factors, vocab, times):
-    """ids (n, T), factors {name: (n,)} -> {measure: {kind: number or (T,)}}."""
+    """ids (n, T), factors {name: (n,)} -> {measure: {row: number or (T,)}}."""
     names, factors = list(factors), torch.stack([*factors.values()], 1)         # (n, B)
     bits, most = mutual_information(ids, factors), mutual_information(factors, factors).diag()
     by_chance = chance(lambda f: mutual_information(ids, f), factors, times)
@@ -243,7 +243,7 @@ def factor_measures(ids, factors, vocab, times):
 
 
 def attention_measures(attention, masks, times):
-    """attention (n, T, N), masks (n, H, W) or None -> {measure: {kind: number or (T,)}}."""
+    """attention (n, T, N), masks (n, H, W) or None -> {measure: {row: number or (T,)}}."""
     rows = {}
     if attention.shape[1] > 1:
         similarity = partial(attention_similarity, attention)
@@ -259,7 +259,7 @@ def attention_measures(attention, masks, times):
 
 def perturbation_measures(describe, images, ids, attention, k, times):
     """images (n, 3, H, W) uint8, their ids (n, T) and attention (n, T, N); k patches are occluded;
-    describe(images, forced_ids=None) -> ids, maps. -> {measure: {kind: number or (T,)}}."""
+    describe(images, forced_ids=None) -> ids, maps. -> {measure: {row: number or (T,)}}."""
     elsewhere = attention.roll(len(attention) // 2, 0)                  # maps of other images
     changed = occlusion(describe, images, ids, attention, k)                    # (T, T)
     rows = {"occlusion": {
@@ -281,7 +281,7 @@ def passes(n, perturbed, length):
 def measure(describe, image_set, vocab, share=0.25, times=20, perturbed=2000):
     """Everything that the ImageSet allows. describe(images, forced_ids=None) -> ids (n, T), maps
     (n, T, N). share: of the patches, occluded; times: permutations; perturbed: how many images are
-    occluded and perturbed, the first ones. -> plain values: {measure: {kind: number, or list of T,
+    occluded and perturbed, the first ones. -> plain values: {measure: {row: number, or list of T,
     None where it is undefined}}."""
     ids, attention = describe_all(describe, image_set)
     k = max(1, round(share * attention.shape[2]))
@@ -291,12 +291,12 @@ def measure(describe, image_set, vocab, share=0.25, times=20, perturbed=2000):
     rows |= perturbation_measures(describe, image_set.get(some), ids[some], attention[some], k,
                                   times)
 
-    def plain(x):
+    def to_json(x):
         values = torch.as_tensor(x).double()
         values = [v if math.isfinite(v) else None for v in values.flatten().tolist()]
         return values if torch.is_tensor(x) and x.ndim else values[0]
 
-    return {name: {kind: plain(x) for kind, x in row.items()} for name, row in rows.items()}
+    return {name: {row: to_json(x) for row, x in table.items()} for name, table in rows.items()}
 
 
 def print_table(rows):
@@ -304,11 +304,11 @@ def print_table(rows):
     t = max(len(x) for row in rows.values() for x in row.values() if isinstance(x, list))
     print(f"{'':59}{'mean':>7}" + "".join(f"{i:7d}" for i in range(1, t + 1)))
     for name, row in rows.items():
-        for i, (kind, x) in enumerate(row.items()):
+        for i, (label, x) in enumerate(row.items()):
             known = [v for v in x if v is not None] if isinstance(x, list) else []
             cells = [sum(known) / len(known) if known else None, *x] if isinstance(x, list) else [x]
             cells = "".join("      -" if c is None else f"{c:7.3f}" for c in cells)
-            print(f"{'' if i else name:32}{kind:27}{cells}")
+            print(f"{'' if i else name:32}{label:27}{cells}")
 
 
 def run(args):

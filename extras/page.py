@@ -97,13 +97,15 @@ def prefix_groups(ids, members, t, count):
 
 # ---- pieces of HTML ------------------------------------------------------------------------------
 
-def img_tag(image, alt="", kind="JPEG", style=""):
+def img_tag(image, alt="", file_format="JPEG", style=""):
     """A PIL image -> an <img> that contains it. style: a class of page.html."""
     file = io.BytesIO()
-    image.save(file, kind, **({"quality": 80, "subsampling": 0} if kind == "JPEG" else {}))
+    options = {"quality": 80, "subsampling": 0} if file_format == "JPEG" else {}
+    image.save(file, file_format, **options)
     code = base64.b64encode(file.getvalue()).decode()
     style = f' class="{style}"' if style else ""
-    return f'<img{style} alt="{escape(alt)}" src="data:image/{kind.lower()};base64,{code}">'
+    return (f'<img{style} alt="{escape(alt)}" '
+            f'src="data:image/{file_format.lower()};base64,{code}">')
 
 
 def thumbnail(pixels, side, alt=""):
@@ -207,15 +209,15 @@ def entry(code, symbol):
             f'<div class="examples">{examples}</div><table>{rows}</table></article>')
 
 
-def table_line(code, symbol, anchor):
-    """A symbol's line in the list of all symbols. anchor: whether links lead here."""
+def table_line(code, symbol, is_target):
+    """A symbol's line in the list of all symbols. is_target: whether links lead here."""
     counts = [int(code.present[:, symbol].sum()), *(code.ids == symbol).sum(0).tolist()]
     t = most_informative_position(code.ids, symbol, code.attributes)
     cells = [str(t + 1)]
     cells += [top_values(code.ids[:, t] == symbol, attribute, 1)
               for attribute in code.attributes.values()]
     cells += [f"{chip(s)} {m}" for s, m in co_occurrence(code.present, symbol, 1)]
-    target = f' id="s{symbol}"' if anchor else ""
+    target = f' id="s{symbol}"' if is_target else ""
     return (f"<tr{target}><td>{chip(symbol)}</td>"
             + "".join(f'<td class="n">{m or ""}</td>' for m in counts)
             + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

@@ -1,4 +1,4 @@
-"""What a teacher's CLS tells of each factor of `shapes`, or of the classes: linear probe and k-NN.
+"""Linear probe and k-NN of a teacher's CLS, for each factor of `shapes` or for the classes.
 
     python -m extras.probe_teacher shapes --json results/teacher-shapes/probe.json
     python -m extras.probe_teacher cifar10 --data folder:cifar10 --json FILE

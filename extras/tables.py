@@ -46,8 +46,8 @@ def read_run(path):
             figures["cls-space"] = space | {"retention_raw": raw, "retention_space": 1.0}
     else:
         config, hardware, seconds = (results[key] for key in ("config", "hardware", "seconds"))
-        kind = "-space" * bool(config["checkpoint"]) + "-beam" * (config["beam"] > 1)
-        config |= {"method": f"residual-kmeans{kind}"}
+        suffix = "-space" * bool(config["checkpoint"]) + "-beam" * (config["beam"] > 1)
+        config |= {"method": f"residual-kmeans{suffix}"}
         figures = {n: row for n, row in results.items() if n.isdigit()}
     figures["cls"] = results["teacher"] | {"retention_raw": 1.0}
     facts = {key: config.get(key) for key in ("recipe", "explore", "precision")}
@@ -104,8 +104,8 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def spread(values, digits):
     """Mean ± standard deviation, this one where there are several values."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{std}"
 
 
 def paired(a, b):

@@ -151,16 +151,16 @@ class Trainer:
     def train_epoch(self, epoch, progress):
         """One pass over the images -> the epoch's figures for the log."""
         self.net.train()
-        args, sums, ids = self.args, 0, []
+        args, totals, ids = self.args, 0, []
         batches = torch.randperm(len(self.images)).split(args.batch_size)[:self.steps_per_epoch]
         for i, x in enumerate(self.images.batches(batches)):
             terms, chosen = self.step(self.normalize(x), epoch * self.steps_per_epoch + i)
-            sums = sums + terms / self.steps_per_epoch
+            totals = totals + terms / self.steps_per_epoch
             ids.append(chosen.cpu())
             progress.update()
-        if not sums.isfinite().all():
+        if not totals.isfinite().all():
             raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}; lower --lr")
-        mse, aux = sums.tolist()
+        mse, aux = totals.tolist()
         ids = torch.cat(ids).unflatten(0, (-1, args.length))
         return {"epoch": epoch + 1, "step": (epoch + 1) * self.steps_per_epoch, "loss": mse + aux,
                 "mse": mse, "aux": aux, **evaluate.code_figures(ids, args.vocab)}

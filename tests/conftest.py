@@ -36,8 +36,8 @@ def tiny(tmp_path):
     """tiny(*words) -> the words of a train.py command that takes a second: a random teacher of one
     block and width 64 from a file, images of 8 x 8 pixels, so N = 4 patches. Later words win."""
     torch.save(teachers.small_vit(8, 4, 64, 1, 1).vit.state_dict(), tmp_path / "teacher.pt")
-    places = ["--teacher", str(tmp_path / "teacher.pt"), "--out", str(tmp_path / "run")]
-    return lambda *words: [*TINY, *places, *words]
+    paths = ["--teacher", str(tmp_path / "teacher.pt"), "--out", str(tmp_path / "run")]
+    return lambda *words: [*TINY, *paths, *words]
 
 
 def make_trainer(args, teacher):

@@ -101,7 +101,7 @@ def run_dir(tmp_path, monkeypatch):
 
     def load(name, split, size, limit, seed, storage="auto"):
         assert (name, size, seed) == ("shapes", 8, 3)
-        labels = torch.arange(limit) % 4                # brightness tells the class
+        labels = torch.arange(limit) % 4                # brightness gives the class
         noise = torch.randint(40, (limit, 3, 8, 8))
         images = (60 * labels[:, None, None, None] + noise).to(torch.uint8)
         return data.ImageSet(images, labels, list("abcd"))

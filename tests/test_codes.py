@@ -38,7 +38,7 @@ def test_information_of_a_noisy_position():
     assert f["information"] == pytest.approx([0.188722], abs=1e-6)
 
 
-def test_knn_of_codes_that_tell_the_label_and_of_codes_that_do_not():
+def test_knn_of_codes_with_and_without_the_label():
     y = torch.arange(400) % 4
     f = codes.label_statistics(torch.stack([y, y + 2**40], 1), y.tolist())  # large ids cost nothing
     assert set(f["knn"].values()) == {100.0} and f["gallery"] == f["queries"] == 200
@@ -91,7 +91,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, bad, message):
         codes.read_codes(path)
 
 
-def test_a_torn_last_line_is_left_out_where_that_is_asked_for(tmp_path):
+def test_a_torn_last_line_is_left_out_on_demand(tmp_path):
     path = tmp_path / "codes.jsonl"
     path.write_text('{"symbols": [1, 2]}\n{"symbols": [1')
     assert [row["symbols"] for _, row in codes.read_lines(path, torn=True)] == [[1, 2]]

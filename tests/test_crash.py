@@ -65,7 +65,7 @@ def quick(unscored, monkeypatch):
 # ---- SIGKILL -------------------------------------------------------------------------------------
 
 def run_with_slow_disk(name, words):
-    """In a process of its own: every torch.save stops half-way for a tenth of a second, and the run
+    """In its own process: every torch.save stops half-way for a tenth of a second, and the run
     saves after every step."""
     torch.set_num_threads(1)
     main, fast = sys.modules[name], torch.save
@@ -149,10 +149,10 @@ def stopped(monkeypatch, words, number, step):
     """Runs until the signal `number` arrives in that step; -> exit status."""
     original = train.Trainer.step
 
-    def stepping(self, z_t, at):
-        if at == step:
+    def stepping(self, z_t, step_now):
+        if step_now == step:
             os.kill(os.getpid(), number)
-        return original(self, z_t, at)
+        return original(self, z_t, step_now)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(train.Trainer, "step", stepping)
         run(words)
@@ -224,10 +224,10 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny, tmp_path, monkeypatch):
     out, original = tmp_path / "run", train.Trainer.step
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def step(self, z_t, at):
-        if at == 4:
+    def step(self, z_t, step_now):
+        if step_now == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        return original(self, z_t, at)
+        return original(self, z_t, step_now)
     try:
         with monkeypatch.context() as patch:
             patch.setattr(train.Trainer, "step", step)

@@ -16,8 +16,8 @@ import shapes
 
 
 @pytest.fixture(autouse=True)
-def nothing_said():
-    folder.say_once.cache_clear()
+def no_warning_yet():
+    folder.warn_once.cache_clear()
 
 
 def square(path, colour, size=(40, 40)):
@@ -82,8 +82,9 @@ def test_an_unreadable_file_is_replaced_named_and_counted(tmp_path, name, storag
         assert images.get(torch.arange(9))[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8]
         assert rest.get(torch.arange(3))[:, 0, 0, 0].tolist() == [2, 3, 5]
     assert images.skipped == rest.skipped == held_out.skipped == 1
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and "4.png" in said and said.endswith("5.png takes its place\n")
+    warnings = capfd.readouterr().err
+    assert warnings.count("\n") == 1 and "4.png" in warnings
+    assert warnings.endswith("5.png takes its place\n")
 
 
 def test_a_folder_that_cannot_be_read_at_all_is_one_line(tmp_path, name):
@@ -141,7 +142,7 @@ def test_memory_is_for_what_fits_into_half_of_it(name, free, processes, storage,
     assert line == f"{name}/train: 9 images of 36 x 36 pixels, {memory}, are {expected}"
 
 
-def test_free_memory_is_read_where_the_system_tells_it(monkeypatch):
+def test_free_memory_is_read_where_the_system_gives_it(monkeypatch):
     text = "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:   5000 kB\n"
     monkeypatch.setattr(data.Path, "read_text", lambda self: text)
     assert data.free_memory() == (5_120_000, "free")
@@ -227,7 +228,7 @@ def test_unknown_data_is_one_clear_line(name, split, error):
     assert "\n" not in str(caught.value) and "folder" in str(caught.value)
 
 
-def test_no_network_says_what_to_do(monkeypatch):
+def test_no_network_names_the_remedy(monkeypatch):
     def refuse(split):
         raise OSError("network is unreachable")
     monkeypatch.setitem(data.PUBLIC, "cifar10", refuse)
@@ -253,13 +254,13 @@ def cifar10_archive(tmp_path, monkeypatch):
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, cifar.base_folder)
-    sums = {file.name: checksum(file) for file in folder.iterdir()}
+    checksums = {file.name: checksum(file) for file in folder.iterdir()}
     shutil.rmtree(folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar, "tgz_md5", checksum(archive))
-    monkeypatch.setattr(cifar, "train_list", [[name, sums[name]] for name in names])
-    monkeypatch.setattr(cifar, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": sums["batches.meta"]})
+    monkeypatch.setattr(cifar, "train_list", [[name, checksums[name]] for name in names])
+    monkeypatch.setattr(cifar, "test_list", [["test_batch", checksums["test_batch"]]])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": checksums["batches.meta"]})
     return archive
 
 
@@ -347,19 +348,19 @@ def test_each_augmentation_alone(change, measure, monkeypatch):
     monkeypatch.setattr(data.Augment, "uniform", staticmethod(
         lambda x, low, high: torch.zeros(len(x)) + (low + high) / 2))
     nothing = dict(crop=(1, 1), flip=0, jitter=0, grey=0, blur=0, solarise=0)
-    only = data.Augment(**nothing | change)
+    single = data.Augment(**nothing | change)
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
-    out = only(images, 1, 16)[0] * data.STD + data.MEAN
+    out = single(images, 1, 16)[0] * data.STD + data.MEAN
     assert torch.allclose(out, measure(images.float() / 255), atol=1e-4)
 
 
 def test_hue_turns_about_grey_and_a_third_of_a_turn_permutes_the_channels(monkeypatch):
-    turn = data.Augment(crop=(1, 1), flip=0, jitter=1, strength=(0, 0, 0, 1), grey=0, blur=0,
+    rotation = data.Augment(crop=(1, 1), flip=0, jitter=1, strength=(0, 0, 0, 1), grey=0, blur=0,
                         solarise=0)
     monkeypatch.setattr(data.Augment, "uniform", staticmethod(
         lambda x, low, high: torch.zeros(len(x)) + (
             1 / 3 if high == 1 and low == -1 else (low + high) / 2)))
     images = torch.randint(64, 192, (1, 3, 8, 8), dtype=torch.uint8)
     x = images.float() / 255
-    assert torch.allclose(turn.random_colour(x), x[:, [2, 0, 1]], atol=1e-5)
+    assert torch.allclose(rotation.random_colour(x), x[:, [2, 0, 1]], atol=1e-5)

@@ -37,7 +37,7 @@ for name in ("config.json", "metrics.jsonl", "results.json"):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder of its own for everything that is written."""
+    """A separate folder for everything that is written."""
     for name in ("results", "runs"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(experiments, name.upper(), tmp_path / name)

@@ -1,4 +1,4 @@
-"""folder.py: every kind of file gives the same image, and streaming keeps order and random state."""
+"""folder.py: kinds of files give the same image, and streaming keeps order and random state."""
 import os
 import random
 import signal
@@ -15,8 +15,8 @@ import folder
 
 
 @pytest.fixture(autouse=True)
-def nothing_said():
-    folder.say_once.cache_clear()
+def no_warning_yet():
+    folder.warn_once.cache_clear()
 
 
 # ---- one file ------------------------------------------------------------------------------------
@@ -249,10 +249,10 @@ def test_a_file_that_breaks_in_mid_training_is_replaced_named_once_and_counted(t
         assert reds(files, order).tolist() == [0, 1, 0, 3, 0, 1]
     (tmp_path / os.fsdecode(files.names[0].item())).write_bytes(b"broken")
     assert reds(files, order).tolist() == [1, 1, 3, 3, 1, 1]            # class 0 has no more
-    said = sorted(capfd.readouterr().err.splitlines())
-    assert len(said) == 4 and [line[-24:] for line in said] == [
+    warnings = sorted(capfd.readouterr().err.splitlines())
+    assert len(warnings) == 4 and [line[-24:] for line in warnings] == [
         f"{k:04}.png takes its place" for k in (1, 0, 0, 1)]
-    assert all(f"{k:04}.png: " in line for k, line in zip((0, 2, 4, 5), said))
+    assert all(f"{k:04}.png: " in line for k, line in zip((0, 2, 4, 5), warnings))
     assert files.unreadable == set(files.names[[0, 2, 4, 5]].tolist())
 
 
@@ -267,7 +267,7 @@ def test_a_class_without_a_readable_file_takes_another_and_an_empty_folder_is_on
             reds(files, [0, 1, 2], size)
 
 
-def test_stretched_images_are_told_once_whichever_worker_reads_them(tmp_path, capfd):
+def test_stretched_images_are_reported_once_whichever_worker_reads_them(tmp_path, capfd):
     for k in range(4):
         Image.fromarray(np.eye(8, dtype=np.float32)).save(tmp_path / f"{k}.tif")
     names = np.array([b"%d.tif" % k for k in range(4)])

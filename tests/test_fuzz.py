@@ -106,7 +106,7 @@ def test_no_checkpoint_does_harm(tiny_trainer, tmp_path, monkeypatch, capsys):
 # ---- images --------------------------------------------------------------------------------------
 
 def png(width, height):
-    """A PNG that says it is so large, and holds the pixels of 40 x 30; its checksums are right."""
+    """A PNG of this size by its header, with the pixels of 40 x 30 and right checksums."""
     def chunk(kind, x):
         return struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
 
@@ -166,9 +166,9 @@ def test_no_image_does_harm(folder_of_harm, capfd):
     loaded, names = data.load(f"folder:{path}", "train", 7), sorted(os.listdir(path))
     for name, image in read.items():
         assert torch.equal(loaded.images[names.index(name)], image), name
-    said = capfd.readouterr().err.splitlines()
+    warnings = capfd.readouterr().err.splitlines()
     for name in {*names} - {*read}:
-        assert sum(f"skipped: cannot read image {path / name}: " in line for line in said) == 1
+        assert sum(f"skipped: cannot read image {path / name}: " in line for line in warnings) == 1
     assert loaded.skipped == 200 - len(read) and loaded.images.flatten(1).any(1).all()
 
 

@@ -152,12 +152,12 @@ def test_the_center_is_used_before_it_moves():
     assert close(centering.center, torch.tensor([0.2, 0.1]) + 0.1 * even)   # 0.9 c + 0.1 (c + even)
 
 
-@pytest.mark.parametrize("kind", ["none", "sinkhorn"])
-def test_other_centerings_keep_no_center(kind):
-    centering, logits = losses.Centering(4, kind), torch.randn(2, 3, 4)
+@pytest.mark.parametrize("method", ["none", "sinkhorn"])
+def test_other_centerings_keep_no_center(method):
+    centering, logits = losses.Centering(4, method), torch.randn(2, 3, 4)
     expected = {"none": (logits / 0.5).softmax(-1),
                 "sinkhorn": losses.sinkhorn(logits.view(6, 4), 0.5).view(2, 3, 4)}
-    assert close(centering(logits, 0.5), expected[kind])
+    assert close(centering(logits, 0.5), expected[method])
     assert close(centering.center, torch.zeros(4))
 
 
@@ -200,7 +200,7 @@ def sequence(weights, logits):
 @pytest.mark.parametrize("explore, expected", [
     ("base", 0), ("entropy", -0.01 * math.log(K)), ("info", -0.05 * math.log(T)),
     ("combined", -0.01 * math.log(K) - 0.05 * math.log(T))])
-def test_exploration_rewards_what_its_name_says(explore, expected):
+def test_exploration_rewards_what_it_is_named_for(explore, expected):
     planted = sequence(VARIED.softmax(-1), UNDECIDED)       # I(s) = ln T, H(p) = ln K
     assert close(losses.exploration_loss(planted, explore, 0.01, 0.05), expected, 1e-5)
 

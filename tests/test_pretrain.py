@@ -103,7 +103,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypa
     assert len(moments) > 20 and a["step"] == b["step"] == STEPS
 
 
-def test_a_run_stops_where_it_is_told_and_continues(tmp_path):
+def test_a_run_stops_at_its_limit_and_continues(tmp_path):
     """--stop ends the run, not its schedule; results.json is of the held-out images."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     pretrain.run(parse(whole, "--stem"))
@@ -120,12 +120,12 @@ def test_a_run_stops_where_it_is_told_and_continues(tmp_path):
 
 def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
     """Begun in bfloat16; where `auto` would mean float32 it continues in bfloat16."""
-    asked, autocast = [], precision.autocast
+    requested, autocast = [], precision.autocast
     pretrain.run(parse(tmp_path, "--stem", "--precision", "bfloat16", "--stop", "0.4"))
     monkeypatch.setattr(precision, "autocast",
-                        lambda device, name: asked.append(name) or autocast(device, name))
+                        lambda device, name: requested.append(name) or autocast(device, name))
     pretrain.run(parse(tmp_path, "--stem", "--precision", "float32", "--stop", "0.8", "--resume"))
-    assert set(asked) == {"bfloat16"}
+    assert set(requested) == {"bfloat16"}
     assert json.loads((tmp_path / "config.json").read_text())["precision"] == "bfloat16"
 
 
@@ -164,7 +164,7 @@ def test_the_file_is_the_ema_teacher(tmp_path, network):
     error = (loaded(x)[:, 0] - teacher).abs().max()
     # CLS leaves a LayerNorm: of size 1
     assert error < 0.01 < 0.1 < (student - teacher).abs().max()
-    assert teacher.std(0).mean() > 0.01                               # and tells images apart
+    assert teacher.std(0).mean() > 0.01                               # and images differ
 
 
 def test_a_stem_halves_the_image_where_its_channels_change():

@@ -14,11 +14,11 @@ def angles(*degrees):
 
 
 def noisy_classes(n, m, classes, d=16, spread=1.0, seed=0):
-    """n train and m test points around one random centre per class: (x, y, x_test, y_test)."""
+    """n train and m test points around one random mean per class: (x, y, x_test, y_test)."""
     g = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, d, generator=g)
+    means = torch.randn(classes, d, generator=g)
     y = torch.randint(classes, (n + m,), generator=g)
-    x = centres[y] + spread * torch.randn(n + m, d, generator=g)
+    x = means[y] + spread * torch.randn(n + m, d, generator=g)
     return x[:n], y[:n], x[n:], y[n:]
 
 
@@ -117,7 +117,7 @@ def test_knn_of_continuous_features_equals_brute_force():
     assert scoring.knn_accuracy(*parts, 7) == pytest.approx(brute_force(*parts, 7, 6), abs=1e-4)
 
 
-def test_knn_of_one_hot_codes_that_tie_beyond_the_first_look_equals_brute_force():
+def test_knn_of_one_hot_codes_that_tie_beyond_the_first_topk_equals_brute_force():
     # 3 of 4 symbols: cosines 0, 1/3, 2/3, 1 only, so far more entries tie with the k-th than k
     g = torch.Generator().manual_seed(3)
     ids = torch.randint(4, (260, 3), generator=g)
@@ -138,7 +138,7 @@ def test_votes_are_the_average_over_random_tie_breaks():
 
 def test_images_of_one_feature_and_class_become_one_entry():
     x = torch.tensor([[1.0, 2], [3, 4], [1, 2], [1, 2]])
-    features, labels, entry, size = scoring.distinct(x, torch.tensor([5, 0, 5, 6]))
+    features, labels, entry, size = scoring.unique_entries(x, torch.tensor([5, 0, 5, 6]))
     assert features.tolist() == [[1, 2], [1, 2], [3, 4]] and labels.tolist() == [5, 6, 0]
     assert entry.tolist() == [0, 2, 0, 1] and size.tolist() == [2, 1, 1]
 

@@ -68,7 +68,7 @@ def test_factors_are_balanced_and_independent(drawn):
 
 
 def test_masks_cover_the_object(drawn):
-    """The object is more saturated than the background, and lies where its factors say."""
+    """The object is more saturated than the background, and lies where its factors put it."""
     images, factors, masks = drawn[0][:300], {k: v[:300] for k, v in drawn[1].items()}, drawn[2]
     saturation = images.amax(1).float() - images.amin(1).float()                    # (n, H, W)
     inside = torch.stack([s[m].mean() for s, m in zip(saturation, masks)])
@@ -76,8 +76,8 @@ def test_masks_cover_the_object(drawn):
     assert (inside > outside + 40).float().mean() > 0.99
     line = torch.arange(32.0)
     for name, pixels in (("row", line[:, None].expand(32, 32)), ("column", line.expand(32, 32))):
-        centre = torch.stack([pixels[m].mean() for m in masks[:300]])
-        means = [centre[factors[name] == k].mean() for k in range(3)]
+        middle = torch.stack([pixels[m].mean() for m in masks[:300]])
+        means = [middle[factors[name] == k].mean() for k in range(3)]
         assert means[0] + 2 < means[1] < means[2] - 2
 
 
@@ -104,7 +104,7 @@ def test_the_script_prints_the_first_image_and_draws_a_row_for_each_shape(
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("drew 500 images of 32 x 32 pixels in ")
     assert [line.split()[:2] for line in printed[1:-1]] == [
-        ["shape", "disc"], ["colour", "orange"], ["size", "small"], ["column", "centre"],
+        ["shape", "disc"], ["colour", "orange"], ["size", "small"], ["column", "middle"],
         ["row", "middle"], ["mask", "133"]]                 # GOLDEN's first
     assert printed[-1] == "shapes.png: a row for each shape, 10 images each"
     sheet = Image.open("shapes.png")

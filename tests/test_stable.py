@@ -206,7 +206,7 @@ def test_prototypes_are_the_planted_clusters():
 
 def fitted(cls, views=None, *flags, patches=None):
     """A student fitted to CLS tokens (n, D) and augmented views of them (2, n, D); what `encode`
-    was asked for."""
+    was requested."""
     views = views if views is not None else cls + torch.randn(2, *cls.shape)
     patches = patches if patches is not None else torch.randn(len(cls), N, D)
     student, calls, augmented_views = make_student(*FLAGS, *flags), [], iter(views)

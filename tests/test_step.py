@@ -197,7 +197,7 @@ def dimmed_ever_more(images, count, size, part=False):
 
 @torch.no_grad()
 def test_cached_views_are_the_teachers_and_spare_it(tiny_trainer, monkeypatch):
-    """View 0 is the image as it is; view c is, here, the image dimmed c times."""
+    """View 0 is the un-augmented image; view c is, here, the image dimmed c times."""
     dimmed_ever_more.calls = 0
     monkeypatch.setattr(data, "augmentation", lambda name, size: dimmed_ever_more)
     torch.manual_seed(7)

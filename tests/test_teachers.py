@@ -87,10 +87,10 @@ def test_hugging_face_folder_with_safetensors(monkeypatch):
     outputs = torch.load(HERE / "hugging_face_vit.pt", weights_only=True)["outputs"]
     teacher = teachers.load_teacher(HERE / "hugging_face_vit" / "model.safetensors")
     assert max(errors(teacher, 8, outputs)) < TOLERANCE
-    assert teacher.get_extra_state()["heads"] == 4          # not 64 channels: config.json tells it
+    assert teacher.get_extra_state()["heads"] == 4          # not 64 channels: config.json has it
 
 
-def test_without_safetensors_the_message_says_what_to_install(monkeypatch):
+def test_without_safetensors_the_message_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ValueError, match="needs a package: pip install safetensors$") as error:
         teachers.load_teacher(HERE / "hugging_face_vit" / "model.safetensors")
@@ -343,12 +343,12 @@ def test_hub_teacher_is_downloaded_once(hub, capfd, name, path):
     assert [(f.name, f.read_bytes()) for f in hub.cache.iterdir()] == [(Path(path).name, body)]
 
 
-@pytest.mark.parametrize("tells_length", [True, False])
+@pytest.mark.parametrize("sends_length", [True, False])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
-def test_half_a_download_is_not_kept(hub, zipped, tells_length):
+def test_half_a_download_is_not_kept(hub, zipped, sends_length):
     body = saved(dino_state(), _use_new_zipfile_serialization=zipped)
     for sent in (len(body) // 2, len(body) - 1, 0):
-        hub.files[VITS8] = (body[:sent], len(body) if tells_length else None)
+        hub.files[VITS8] = (body[:sent], len(body) if sends_length else None)
         with pytest.raises(OSError, match="nothing is kept. Try again") as error:
             teachers.load_teacher("dino_vits8")
         assert one_line(error) and list(hub.cache.iterdir()) == []
@@ -400,7 +400,7 @@ def test_unknown_names():
 
 
 @torch.no_grad()
-def test_the_shipped_teacher_tells_shapes_better_than_pixels_do():
+def test_the_shipped_teacher_has_better_k_nn_than_pixels():
     teacher = teachers.load_teacher("shapes")
     assert (teacher.width, teacher.patch, teacher.image_size) == (128, 4, 32)
     train, test = (data.load("shapes", split, 32, n, 0)

@@ -228,7 +228,7 @@ def test_a_network_shape_is_depth_and_heads(capsys, word):
     assert flags.network_shape("6x8") == (6, 8)
 
 
-def test_data_that_cannot_be_evaluated_is_told_before_training(tiny, tmp_path, capsys):
+def test_data_that_cannot_be_evaluated_is_reported_before_training(tiny, tmp_path, capsys):
     (tmp_path / "flat").mkdir()
     for i in range(60):
         Image.new("RGB", (8, 8), (i, 4 * i, 255 - i)).save(tmp_path / "flat" / f"{i}.png")
@@ -336,7 +336,7 @@ def test_at_most_40_flags_and_6_of_the_recipe_stable(monkeypatch):
 
 
 def test_one_line_names_the_default_recipe():
-    """No other line of train.py or flags.py knows one recipe from another."""
+    """No other line of train.py or flags.py distinguishes recipes."""
     for name, count in (("flags", 1), ("train", 0)):
         source = (ROOT / f"{name}.py").read_text()
         lines = [line for line in source.splitlines() if re.search(r"""["']stable["']""", line)]

@@ -118,12 +118,12 @@ def ink_columns(sheet, path):
     return int(columns[0]), int(columns[-1])
 
 
-@pytest.mark.parametrize("align, centre", [("l", 140), ("m", 100), ("r", 60)])
-def test_text_wider_than_its_room_is_cut_and_aligned(tmp_path, align, centre):
+@pytest.mark.parametrize("align, middle", [("l", 140), ("m", 100), ("r", 60)])
+def test_text_wider_than_its_room_is_cut_and_aligned(tmp_path, align, middle):
     sheet = visualize.Sheet(200, 30)
     sheet.text(100, 15, "H a name that is far too long for this H", align=align, room=80)
     first, last = ink_columns(sheet, tmp_path / "t.png")
-    assert 65 < last - first < 80 and abs((first + last) / 2 - centre) < 6
+    assert 65 < last - first < 80 and abs((first + last) / 2 - middle) < 6
     sheet = visualize.Sheet(200, 30)
     sheet.text(100, 15, "H", room=80)
     assert ink_columns(sheet, tmp_path / "t.png")[1] < 115          # no dots after a short one
@@ -133,7 +133,7 @@ def test_text_wider_than_its_room_is_cut_and_aligned(tmp_path, align, centre):
 
 def planted_ids():
     """200 images, 4 classes of 50. Symbol 7: 20 images, 18 of class 2. Symbol 3: in every image.
-    Symbol 9: one image only, which makes it look perfectly specific. The rest: 1."""
+    Symbol 9: one image only, which makes it seem perfectly specific. The rest: 1."""
     ids, labels = torch.ones(200, 4, dtype=torch.long), torch.arange(200) // 50
     ids[:, 0] = 3
     ids[100:118, 1], ids[0:2, 2] = 7, 7
