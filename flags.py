@@ -41,7 +41,7 @@ def network_shape(text):
 
 def data_flags(add):
     add("--data", default="shapes",
-        help="shapes or scenes (drawn; scenes has a teacher and --image-size of its own), cifar10, "
+        help="shapes or scenes (drawn; scenes needs its own teacher and --image-size), cifar10, "
              "cifar100, stl10 or folder:PATH")
     add("--train-images", type=data.image_count, default=20000,
         help="at most this many, or all; fewer: shorter epochs")

@@ -78,9 +78,9 @@ def random_numbers(indices, seed, count=24, side=SIDE):
 
 
 def draw_background(u, px, py):
-    """Middles of pixels px, py (H, W) -> (n, 3, H, W) in [0, 1]: a dim, nearly grey colour with faint
-    stripes of any direction and width. Plain and dim on purpose (our choice): with busy backgrounds
-    a self-supervised teacher learns the background, because it is the cheaper cue."""
+    """Middles of pixels px, py (H, W) -> (n, 3, H, W) in [0, 1]: a dim, nearly grey colour with
+    faint stripes of any angle and width. Plain and dim on purpose (our choice): with busy
+    backgrounds a self-supervised teacher learns the background, because it is the cheaper cue."""
     angle, width, phase, strength = (u[k, :, None, None] for k in (5, 6, 7, 11))
     angle = torch.pi * angle
     wave = ((px * angle.cos() + py * angle.sin()) * (0.3 + 0.7 * width) + 6.28 * phase).sin()
@@ -90,9 +90,9 @@ def draw_background(u, px, py):
 
 def draw_object(u, shape, colour, cx, cy, radius, px, py):
     """-> its colour (n, 3, H, W) in [0, 1] and the share of each pixel that it covers, (n, H, W).
-    u (24, n) in [0, 1); shape and colour (n,) int64, indices into FACTORS; centre cx, cy and radius
-    (n, 1, 1) in pixels; px, py: middles of pixels, (H, W) or (n, H, W). Angle and hue are jittered, so
-    that a factor is a category, not a number."""
+    u (24, n) in [0, 1); shape and colour (n,) int64, indices into FACTORS; middle cx, cy and radius
+    (n, 1, 1) in pixels; px, py: middles of pixels, (H, W) or (n, H, W). Angle and hue are jittered,
+    so that a factor is a category, not a number."""
     v = u[..., None, None]                                                      # (24, n, 1, 1)
     angle = 0.5 * v[15] - 0.25                                         # radians, about +-14 degrees
     dx, dy = (px - cx) / radius, (py - cy) / radius
@@ -110,7 +110,7 @@ def draw_object(u, shape, colour, cx, cy, radius, px, py):
 
 
 def add_noise(images, u, noise):
-    """(n, 3, H, W) in [0, 1] -> uint8, with noise (n, 3, H, W) uint8 of a strength of its own."""
+    """(n, 3, H, W) in [0, 1] -> uint8, with noise (n, 3, H, W) uint8 whose strength u has."""
     images = images * 255 + (noise.float() - 127.5) * (0.1 * u[21])[:, None, None, None]
     return images.round().clamp(0, 255).byte()
 

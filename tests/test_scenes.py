@@ -52,7 +52,7 @@ def test_objects_are_2_to_4_the_first_is_the_largest_and_they_do_not_touch(drawn
         assert ((a != b) & (a > 0) & (b > 0)).sum() == 0
 
 
-def test_masks_lie_where_column_and_row_say_and_are_saturated(drawn):
+def test_masks_lie_where_column_and_row_put_them_and_are_saturated(drawn):
     images, factors, masks = (drawn[0], drawn[1], drawn[2])
     saturation = images.amax(1).float() - images.amin(1).float()                # (n, 48, 48)
     axis = torch.arange(48.0) + 0.5
@@ -63,9 +63,9 @@ def test_masks_lie_where_column_and_row_say_and_are_saturated(drawn):
         area = mask.sum((1, 2))
         assert ((mask * saturation[some]).sum((1, 2)) / area > background[some] + 20).all()
         for name, weights in (("column", mask.sum(1)), ("row", mask.sum(2))):
-            centre = (weights * axis).sum(1) / area
-            # of a crescent the centre of mass lies beside the centre that was drawn
-            assert ((centre / 16).floor() - factors[name][some, k] == 0).float().mean() > 0.85
+            middle = (weights * axis).sum(1) / area
+            # of a crescent the mean lies beside the middle that was drawn
+            assert ((middle / 16).floor() - factors[name][some, k] == 0).float().mean() > 0.85
 
 
 def test_factors_of_the_objects_are_balanced_and_independent(drawn):
@@ -81,7 +81,7 @@ def test_an_object_without_a_place_is_left_out():
     """Three large objects that fill the corners leave no place for the fourth."""
     size, present = torch.full((200, 4), 2), torch.ones(200, 4, dtype=torch.bool)
     u = torch.rand(4, 200, generator=torch.Generator().manual_seed(0))
-    x, y, placed = scenes.choose_places(u, size, present)
+    x, y, placed = scenes.choose_positions(u, size, present)
     assert placed[:, 0].all() and 0 < placed[:, 3].float().mean() < 1
     for a in range(4):
         for b in range(a):
