@@ -55,6 +55,9 @@ def data_flags(add):
     add("--local-size", type=int, default=16, help="pixels of a local crop")
     add("--local-crop", type=float, nargs=2, default=(0.15, 0.4), metavar=("FROM", "TO"),
         help="share of the image's area in a local crop")
+    add("--window", type=int, default=0,
+        help="pixels: both views show the same square of the image, each at another place of an "
+             "empty canvas. For scenes, whose layout is cheaper to match than their objects; 0: no")
     add("--batch-size", type=int, default=128, help="images per step, of all processes together")
 
 
@@ -75,6 +78,8 @@ def network_flags(add):
 def loss_flags(add):
     add("--centering", choices=["center", "sinkhorn"], default="sinkhorn",
         help="center: DINO; sinkhorn: SwAV, DINOv2")
+    add("--patch-mean", action="store_true",
+        help="the mean of the patch tokens of a global crop must predict the teacher's CLS too")
     add("--teacher-temp", type=float, default=0.02, help="lower it when the loss stays at ln P")
     add("--momentum", type=float, default=0.99,
         help="of the teacher's EMA, to 1 by a cosine; long runs: 0.996")
@@ -109,11 +114,33 @@ def parse(argv=None):
 
 # ---- the step ------------------------------------------------------------------------------------
 
-def forward(net, crops):
+def forward(net, crops, patch_mean=False):
     """crops: list of (views, B, 3, S, S), one entry per size -> logits (all views, B, P)."""
-    cls = [net["backbone"](x.flatten(0, 1))[:, 0].unflatten(0, x.shape[:2]) for x in crops]
+    tokens = [net["backbone"](x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in crops]
+    cls = [z[:, :, 0] for z in tokens]
+    if patch_mean:
+        cls.append(tokens[0][:, :, 1:].mean(2))
     cls = torch.cat(cls)                                                        # (all views, B, d)
     return net["head"](cls.flatten(0, 1)).unflatten(0, cls.shape[:2])
+
+
+def windows(images, side, views=2):
+    """A square of `side` pixels of each image, the same for all views, at a random place of a
+    canvas in the image's median colour, another one for each view: (B, 3, H, W) uint8 -> views
+    tensors like it. With it no layout is left for the views to agree on (our choice)."""
+    n, _, h, w = images.shape
+    u = torch.rand(distributed.world_size() * n, 1 + views, 2, device=images.device)
+    room = torch.tensor([h - side + 1, w - side + 1], device=images.device)
+    at = (distributed.shard(u) * room).long()                       # (B, 1 + views, 2), rows first
+    axis, image = torch.arange(side, device=images.device), torch.arange(n, device=images.device)
+    index = [(image[:, None, None], slice(None), at[:, k, 0, None, None] + axis[:, None],
+              at[:, k, 1, None, None] + axis) for k in range(1 + views)]
+    empty = images.flatten(2).float().median(2).values.to(images.dtype)
+    empty = empty[..., None, None].expand_as(images)
+    for k in range(views):
+        canvas = empty.clone()
+        canvas[index[1 + k]] = images[index[0]]
+        yield canvas
 
 
 PARTS = ("student", "teacher", "centering", "optimizer", "scaler")      # they go into checkpoints
@@ -158,7 +185,11 @@ class Pretrainer:
     def train_step(self, images):
         """One optimizer step; returns the loss and the teacher's probabilities (2, B, P)."""
         args = self.args
-        crops = [self.augment(images, 2, args.image_size, True)]
+        if args.window:
+            views = windows(images, args.window)
+            crops = [torch.cat([self.augment(x, 1, args.image_size, True) for x in views])]
+        else:
+            crops = [self.augment(images, 2, args.image_size, True)]
         if args.locals:
             crops.append(self.augment_local(images, args.locals, args.local_size, True))
         lr = losses.warmup_cosine(args.lr, END_LR, self.step, self.steps, args.warmup)
@@ -166,7 +197,7 @@ class Pretrainer:
         with precision.autocast(args.device, args.precision):
             with torch.no_grad():
                 p_t = self.centering(forward(self.teacher, crops[:1]), args.teacher_temp)
-            logits = forward(self.student, crops)                           # (2 + locals, B, P)
+            logits = forward(self.student, crops, args.patch_mean)                           # (2 + locals, B, P)
             loss = losses.granular_dino_loss(p_t, logits[None], 1.0, STUDENT_TEMP, "cross")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
