@@ -4,7 +4,9 @@
     python -m extras.measures RUN/ckpt.pt --data folder:PATH --perturbed 500    # less, and faster
 
 On `shapes`, whose factors and object masks are known: mutual information, disentanglement,
-lift-based purity, pointing game. On any images: occlusion (deletion metric), specificity,
+lift-based purity, pointing game. On `scenes` these are about the largest object (the pointing game
+about all), and there are FG-ARI and mBO of the segmentation by the symbol that attends most, the
+binding of symbols to objects, and which object each symbol attends to. On any images: occlusion (deletion metric), specificity,
 similarity of attention maps, stability. Each has its control beside it: `chance` is the mean over
 permutations of the images' answers (factors, masks, maps, symbols). Symbols are hard (argmax) and
 in float32, because in bfloat16 the batch size would decide between near-equal logits.
@@ -22,6 +24,7 @@ from PIL import Image
 
 import checkpoint
 import data
+from extras import objects
 from progress import Progress
 
 BATCH = 128                 # images at a time
@@ -95,8 +98,8 @@ def lift_purity(ids, factors, halves, vocab, least=10, lift=2.0):
 # ---- attention maps ------------------------------------------------------------------------------
 
 def patch_cover(masks, patches):
-    """masks (n, H, W) bool -> (n, N), the share of each patch that the object covers, 0 to 1."""
-    return F.adaptive_avg_pool2d(masks[:, None].float(), math.isqrt(patches)).flatten(1)
+    """masks (n, H, W), not 0 on an object -> (n, N), the share of each patch that is covered."""
+    return F.adaptive_avg_pool2d((masks[:, None] > 0).float(), math.isqrt(patches)).flatten(1)
 
 
 def pointing_game(attention, cover):
@@ -257,6 +260,25 @@ def attention_measures(attention, masks, times):
     return rows
 
 
+def object_measures(ids, attention, factors, masks, vocab, times):
+    """Of scenes: factors {name: (n, K)}, masks (n, H, W); see extras/objects.py. The chance level
+    of FG-ARI and mBO is that of the segments of other images: above 0 where maps keep to places.
+    That of binding is the figure for another object of the same image. -> as the others."""
+    segments = objects.segment(attention, masks.shape[2])
+    cover = objects.object_cover(masks, attention.shape[2])
+    rows = {name: {"measured": measure(masks, segments),
+                   "chance": chance(lambda s, f=measure: f(masks, s), segments, times)}
+            for name, measure in (("foreground_ari", objects.foreground_ari),
+                                  ("mean_best_overlap", objects.best_overlap))}
+    attended = objects.attended_object(attention, cover)
+    rows["attends_largest"] = {
+        "measured": objects.attends_largest(attended),
+        "chance": chance(lambda c: objects.attends_largest(objects.attended_object(attention, c)),
+                         cover, times)}
+    bound = objects.binding(ids, attended, factors, vocab)
+    return rows | {f"binding_{name}": row for name, row in bound.items()}
+
+
 def perturbation_measures(describe, images, ids, attention, k, times):
     """images (n, 3, H, W) uint8, their ids (n, T) and attention (n, T, N); k patches are occluded;
     describe(images, forced_ids=None) -> ids, maps. -> {measure: {row: number or (T,)}}."""
@@ -285,8 +307,14 @@ def measure(describe, image_set, vocab, share=0.25, times=20, perturbed=2000):
     None where it is undefined}}."""
     ids, attention = describe_all(describe, image_set)
     k = max(1, round(share * attention.shape[2]))
-    rows = factor_measures(ids, image_set.factors, vocab, times) if image_set.factors else {}
+    rows, factors = {}, image_set.factors
+    scenes = bool(factors) and next(iter(factors.values())).ndim == 2
+    if factors:                         # the largest object's size is always the same
+        largest = {name: x[:, 0] for name, x in factors.items() if name != "size"} if scenes else {}
+        rows = factor_measures(ids, largest or factors, vocab, times)
     rows |= attention_measures(attention, image_set.masks, times)
+    if scenes:
+        rows |= object_measures(ids, attention, factors, image_set.masks, vocab, times)
     some = torch.arange(min(perturbed, len(image_set)))
     rows |= perturbation_measures(describe, image_set.get(some), ids[some], attention[some], k,
                                   times)

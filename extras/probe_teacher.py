@@ -16,7 +16,6 @@ queries. On scenes, whose factors belong to objects:
     patch       of each object, from one random patch token that the object covers by half or more
 """
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ import evaluate
 import precision
 import scoring
 import teachers
+from extras.objects import object_cover
 from progress import Progress
 
 
@@ -67,13 +67,6 @@ def probe(train, test, sets):
     return figures
 
 
-def object_cover(masks, side):
-    """masks (n, H, W) uint8, k on object k -> (n, 4, N), the share of each of side * side patches
-    that each object covers, 0 to 1."""
-    each = (masks[:, None] == torch.arange(1, 5)[:, None, None]).float()
-    return F.adaptive_avg_pool2d(each, side).flatten(2)
-
-
 @torch.no_grad()
 def scene_features(teacher, images, args, batch_size=250):
     """An ImageSet of n scenes -> {"cls": (n, d), "mean": (n, d), of all patch tokens, "object":
@@ -83,7 +76,7 @@ def scene_features(teacher, images, args, batch_size=250):
         for index, z_t in zip(index_batches, evaluate.teacher_tokens(
                 teacher, images, index_batches, args.image_size, args.device, args.precision)):
             z_t = z_t.float().cpu()
-            cover = object_cover(images.masks[index], math.isqrt(z_t.shape[1] - 1))
+            cover = object_cover(images.masks[index], z_t.shape[1] - 1)
             share = cover / cover.sum(2, keepdim=True).clamp(min=1e-6)
             random = (cover >= 0.5) * torch.rand(cover.shape)               # (b, 4, N)
             patch = z_t[:, 1:].gather(1, random.argmax(2)[..., None].expand(-1, -1, z_t.shape[2]))
@@ -127,16 +120,16 @@ def probe_scenes(train, test, sets):
                     for key in ("cls", "mean")}
             row |= {"chance": 100 / (1 + y.max().item())}
             if name != "size":                                  # the largest object's is always large
-                row["largest_cls"] = evaluate.linear_probe(train["cls"], y[:, 0],
+                row["largest_cls"] = scoring.linear_probe(train["cls"], y[:, 0],
                                                            test["cls"], test_y[:, 0])[0]
             for key in ("object", "patch"):
                 some, test_some = ((part["covered"] & (values >= 0))
                                    for part, values in ((train, y), (test, test_y)))
-                row[key] = evaluate.linear_probe(train[key][some], y[some],
+                row[key] = scoring.linear_probe(train[key][some], y[some],
                                                  test[key][test_some], test_y[test_some])[0]
             figures[name] = row
             progress.update()
-    knn = evaluate.knn_accuracies(train["cls"], sets[0].labels, test["cls"], sets[1].labels)
+    knn = scoring.knn_accuracies(train["cls"], sets[0].labels, test["cls"], sets[1].labels)
     figures["class"] = {f"knn_top1_k{k}": top1 for k, (top1, _) in knn.items()}
     return figures
 

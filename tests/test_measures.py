@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
+import scenes
 from data import ImageSet
-from extras import measures
+from extras import measures, objects
 from progress import Progress
 from shapes import FACTORS, draw_shapes
 
@@ -162,6 +163,23 @@ def test_specificity_of_symbols_with_patches_of_their_own_and_of_symbols_with_th
     assert measures.specificity(changed).tolist() == [1, 1]
 
 
+def test_specificity_of_symbols_that_read_one_patch_is_exact():
+    """Symbol t is the grey level of patch t. It attends to patch t first and to patch t + 1 next,
+    so with two hidden symbols 2 and 3 also change under one of the two other maps, exactly."""
+    images, patches = dots(200), torch.arange(3).expand(200, 3)
+    describe = colour_of(patches)
+    attention = torch.zeros(200, 3, 16)
+    for t in range(3):
+        attention[:, t, t], attention[:, t, t + 1] = 0.7, 0.3
+    changed = measures.occlusion(describe, images, describe(images)[0], attention, 2)
+    assert changed.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
+    ratios = measures.specificity(changed)
+    assert ratios[0].isnan() and ratios[1:].tolist() == [2, 2]
+    control = attention.roll(-1, 1)             # each has the map of the symbol after it
+    changed = measures.occlusion(describe, images, describe(images)[0], control, 2)
+    assert measures.specificity(changed).tolist() == [0, 0, 0]
+
+
 def test_specificity_by_hand():
     changed = torch.tensor([[0.8, 0.3, 0.0], [0.2, 0.9, 0.0], [0.2, 0.0, 0.5]])
     ratios = measures.specificity(changed)
@@ -262,6 +280,35 @@ def test_a_planted_describer_gets_every_measure():
     assert rows["specificity"]["measured"] == [None] * 5                        # 0 / 0
     assert rows["stability"]["jpeg"] == [1] * 5
     assert rows["stability"]["chance"] == pytest.approx([1 / size for size in SIZES], abs=0.03)
+
+
+def test_a_planted_describer_of_scenes():
+    """Symbol t is the shape of object t, to which it attends, and of the largest one where there is
+    no object t; a fifth symbol attends to the ground and is noise."""
+    images, factors, masks = scenes.load("test", 600)
+    image_set = ImageSet(images, factors["shape"][:, 0], FACTORS["shape"], factors, masks)
+    cover = objects.object_cover(masks, 144)
+    ground = (1 - cover.sum(1, keepdim=True)) / 3
+    exists = factors["shape"] >= 0
+    maps = torch.cat([cover.where(exists[..., None], cover[:, :1]), ground], 1)
+    maps = maps + 1e-4 * torch.arange(5, 0, -1)[:, None]        # of equal maps the first wins
+    ids = torch.cat([factors["shape"].where(exists, factors["shape"][:, :1]),
+                     torch.randint(10, (600, 1))], 1)
+    starts = iter(range(0, 600, measures.BATCH))
+
+    def describe(x, forced_ids=None):
+        start = next(starts, 0)
+        return ids[start:start + len(x)], maps[start:start + len(x)]
+
+    rows = measures.measure(describe, image_set, 10, times=2, perturbed=20)
+    assert rows["foreground_ari"]["measured"] > 0.95 > 0.3 > rows["foreground_ari"]["chance"]
+    assert rows["mean_best_overlap"]["measured"] > 0.6 > 2 * rows["mean_best_overlap"]["chance"]
+    bound = rows["binding_shape"]
+    assert bound["attended"][0] == pytest.approx(10, abs=1) and max(bound["another"]) < 1.4
+    assert max(rows["binding_colour"]["attended"]) < 1.3
+    assert rows["attends_largest"]["measured"][:2] == [1, 0]
+    assert rows["mutual_information_shape"]["measured"][0] == pytest.approx(math.log2(10), abs=.05)
+    assert "mutual_information_size" not in rows and "binding_size" in rows
 
 
 def test_images_without_factors_get_the_measures_that_need_none(capsys):

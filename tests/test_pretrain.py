@@ -199,3 +199,45 @@ def test_resuming_with_another_network_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="holds a run already"):
         pretrain.run(parse(tmp_path, "--stem"))
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_windows_are_one_square_at_two_places_of_an_empty_canvas():
+    """Every pixel has a value of its own, so that a square can be found again."""
+    images = torch.arange(3 * 144).view(1, 3, 12, 12).div(2).byte().repeat(40, 1, 1, 1)
+    views = list(pretrain.windows(images, 5))
+    median = images[0].flatten(1).float().median(1).values.byte()[:, None, None]
+    corners = []
+    for view in views:
+        assert view.shape == images.shape and view.dtype == torch.uint8
+        corners.append([])
+        for canvas in view:                         # the square: where it is not the median
+            rows, columns = (canvas != median).any(0).nonzero().T
+            corners[-1].append((rows.min().item(), columns.min().item()))
+            assert rows.max() - rows.min() <= 4 and columns.max() - columns.min() <= 4
+    squares = [torch.stack([canvas[:, y:y + 5, x:x + 5] if max(y, x) < 8 else canvas[:, :5, :5] * 0
+                            for canvas, (y, x) in zip(view, at)])
+               for view, at in zip(views, corners)]
+    equal = (squares[0] == squares[1]).flatten(1).all(1)
+    assert equal.float().mean() > 0.7               # else a border of the square is the median's
+    source = images[0].unfold(1, 5, 1).unfold(2, 5, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    found = torch.stack([(source == square).flatten(1).all(1).any() for square in squares[0]])
+    assert found[equal].all() and len(set(corners[0])) > 15 and corners[0] != corners[1]
+    assert not torch.equal(squares[0][0], squares[0][1])                # another one in each image
+
+
+def test_with_patch_mean_the_mean_patch_token_predicts_the_mean_target(tmp_path, images,
+                                                                       monkeypatch):
+    """Two more student views, whose target is the mean of the teacher's of both views."""
+    args = parse(tmp_path, "--stem", "--no-batch-norm", "--centering", "center", "--patch-mean")
+    trainer, views = pretrain.Pretrainer(args, images), torch.randn(2, 20, 3, 8, 8)
+    monkeypatch.setattr(trainer, "augment", lambda *_: views)
+    net = trainer.student
+    tokens = [net["backbone"](x) for x in views]
+    cls = [net["head"](z[:, 0]) / 0.1 for z in tokens]
+    patches = [net["head"](z[:, 1:].mean(1)) / 0.1 for z in tokens]
+    p_t = [(logits * 0.1 / 0.02).softmax(-1).detach() for logits in cls]
+    both = (p_t[0] + p_t[1]) / 2
+    entropies = [F.cross_entropy(*pair) for pair in ((cls[0], p_t[1]), (cls[1], p_t[0]),
+                                                     (patches[0], both), (patches[1], both))]
+    loss, _ = trainer.train_step(images.images[:20])
+    assert abs(loss - sum(entropies).item() / 4) < 1e-4
