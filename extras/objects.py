@@ -1,4 +1,4 @@
-"""Measures of scenes with several objects: segmentation, binding, order. No command of its own;
+"""Measures of scenes with several objects: segmentation, binding, order. It has no command;
 extras.measures, extras.slots and extras.sentences use it.
 
 n images, K objects at most, T symbols (or slots), N patches. masks (n, H, W): k on object k, from
@@ -87,10 +87,10 @@ def lift_table(ids, values, vocab, number, prior=1.0):
 
 
 def binding(ids, attended, factors, vocab):
-    """Does a symbol go with the object that it attends to? {factor: {"attended": (T,), "another":
+    """Whether a symbol goes with the object that it attends to: {factor: {"attended": (T,), "another":
     (T,)}}: mean lift of the symbol for the factor's value of the attended object, and for that of
     another object of the same image. The lifts come from the images of even index, the means are
-    of the others. 1: the symbol says nothing about it; at most the number of values."""
+    of the others. 1: the symbol does not depend on it; at most the number of values."""
     rows, other = {}, another_object(attended, next(iter(factors.values())) >= 0)
     positions, odd = torch.arange(ids.shape[1]), slice(1, None, 2)
     for name, values in factors.items():

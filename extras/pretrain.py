@@ -125,16 +125,16 @@ def forward(net, crops, patch_mean=False):
 
 
 def windows(images, side, views=2):
-    """A square of `side` pixels of each image, the same for all views, at a random place of a
+    """A square of `side` pixels of each image, the same for all views, at a random position of a
     canvas in the image's median colour, another one for each view: (B, 3, H, W) uint8 -> views
     tensors like it. With it no layout is left for the views to agree on (our choice)."""
     n, _, h, w = images.shape
     u = torch.rand(distributed.world_size() * n, 1 + views, 2, device=images.device)
     room = torch.tensor([h - side + 1, w - side + 1], device=images.device)
-    at = (distributed.shard(u) * room).long()                       # (B, 1 + views, 2), rows first
+    corner = (distributed.shard(u) * room).long()                   # (B, 1 + views, 2), rows first
     axis, image = torch.arange(side, device=images.device), torch.arange(n, device=images.device)
-    index = [(image[:, None, None], slice(None), at[:, k, 0, None, None] + axis[:, None],
-              at[:, k, 1, None, None] + axis) for k in range(1 + views)]
+    index = [(image[:, None, None], slice(None), corner[:, k, 0, None, None] + axis[:, None],
+              corner[:, k, 1, None, None] + axis) for k in range(1 + views)]
     empty = images.flatten(2).float().median(2).values.to(images.dtype)
     empty = empty[..., None, None].expand_as(images)
     for k in range(views):

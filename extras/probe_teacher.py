@@ -1,4 +1,4 @@
-"""What a teacher's tokens tell of each factor of `shapes` and `scenes`, or of the classes.
+"""Linear probes and k-NN of a teacher's tokens, for the factors of `shapes` and `scenes` or classes.
 
     python -m extras.probe_teacher shapes --json results/teachers/shapes/probe.json
     python -m extras.probe_teacher scenes --data scenes --json FILE

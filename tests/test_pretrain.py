@@ -202,7 +202,7 @@ def test_resuming_with_another_network_is_one_clear_line(tmp_path):
 
 
 def test_windows_are_one_square_at_two_places_of_an_empty_canvas():
-    """Every pixel has a value of its own, so that a square can be found again."""
+    """No two pixels are equal, so that a square can be found again."""
     images = torch.arange(3 * 144).view(1, 3, 12, 12).div(2).byte().repeat(40, 1, 1, 1)
     views = list(pretrain.windows(images, 5))
     median = images[0].flatten(1).float().median(1).values.byte()[:, None, None]

@@ -37,7 +37,7 @@ class Planted(torch.nn.Module):
         return z_t + 0.05 * torch.randn(z_t.shape)
 
 
-def test_a_teacher_that_tells_the_colours_of_patches_alone(tmp_path, monkeypatch, capsys):
+def test_a_teacher_with_the_colours_in_its_patch_tokens_alone(tmp_path, monkeypatch, capsys):
     images, factors, masks = scenes.load("test", 800)
     number = torch.arange(800)
     images[:, 0, 0, 0], images[:, 1, 0, 0] = (number % 256).byte(), (number // 256).byte()
