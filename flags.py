@@ -17,7 +17,7 @@ import distributed
 import precision
 
 # What a data set, and after it a size, changes in the flags' defaults.
-DATA = {"scenes": dict(teacher="scenes", image_size=48)}
+DATA = {"scenes": dict(image_size=48)}
 
 SIZES = {
     "small": {},
@@ -41,7 +41,7 @@ def network_shape(text):
 
 def data_flags(add):
     add("--data", default="shapes",
-        help="shapes or scenes (drawn; scenes needs its own teacher and --image-size), cifar10, "
+        help="shapes or scenes (drawn; scenes has an --image-size of 48), cifar10, "
              "cifar100, stl10 or folder:PATH")
     add("--train-images", type=data.image_count, default=20000,
         help="at most this many, or all; fewer: shorter epochs")

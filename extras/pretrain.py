@@ -31,11 +31,11 @@ import evaluate
 import losses
 import precision
 import scoring
+import teachers
 from extras import probe_teacher
 from extras.benchmark import count_flops, product_rate
 from model import DINOHead
 from progress import Progress
-from teachers import small_vit
 from train import CLIP, END_LR, SAVE_MINUTES, STUDENT_TEMP
 
 HELD_OUT = 6000                 # images for k-NN: 1000 queries and a gallery of 5000 during a run
@@ -44,11 +44,14 @@ HELD_OUT = 6000                 # images for k-NN: 1000 queries and a gallery of
 # ---- flags ---------------------------------------------------------------------------------------
 
 def data_flags(add):
-    add("--data", default="shapes", help="shapes, cifar10, cifar100, stl10 or folder:PATH")
+    add("--data", default="shapes", help="as in train.py")
     add("--train-images", type=data.image_count, help="at most this many; default all")
     add("--image-size", type=int, default=32, help="pixels, a multiple of the patch")
     add("--crop", type=float, nargs=2, default=None, metavar=("FROM", "TO"),
         help="share of the image's area in a global crop; default the data set's")
+    add("--hue", type=float, metavar="TURNS",
+        help="how far the hue of a view turns either way, of 1; default the data set's. 0.5: any "
+             "colour, so that views can agree on shapes only")
     add("--locals", type=int, default=0,
         help="local crops per image besides the two global ones; they help on photographs (DINO: "
              "8) and hurt on shapes, where a part of the image may not show the object")
@@ -62,6 +65,8 @@ def data_flags(add):
 
 
 def network_flags(add):
+    add("--init", metavar="TEACHER", help="start from a teacher of this size, as --teacher of "
+        "train.py, its position embedding interpolated; default random")
     add("--stem", type=int, nargs="*", default=(32, 64), metavar="CHANNELS",
         help="channels of 3x3 convolutions in front (Xiao et al. 2021), stride 2 where their "
              "number changes: learns sooner; none: a patch embedding")
@@ -78,8 +83,6 @@ def network_flags(add):
 def loss_flags(add):
     add("--centering", choices=["center", "sinkhorn"], default="sinkhorn",
         help="center: DINO; sinkhorn: SwAV, DINOv2")
-    add("--patch-mean", action="store_true",
-        help="the mean of the patch tokens of a global crop must predict the teacher's CLS too")
     add("--teacher-temp", type=float, default=0.02, help="lower it when the loss stays at ln P")
     add("--momentum", type=float, default=0.99,
         help="of the teacher's EMA, to 1 by a cosine; long runs: 0.996")
@@ -114,12 +117,9 @@ def parse(argv=None):
 
 # ---- the step ------------------------------------------------------------------------------------
 
-def forward(net, crops, patch_mean=False):
+def forward(net, crops):
     """crops: list of (views, B, 3, S, S), one entry per size -> logits (all views, B, P)."""
-    tokens = [net["backbone"](x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in crops]
-    cls = [z[:, :, 0] for z in tokens]
-    if patch_mean:
-        cls.append(tokens[0][:, :, 1:].mean(2))
+    cls = [net["backbone"](x.flatten(0, 1))[:, 0].unflatten(0, x.shape[:2]) for x in crops]
     cls = torch.cat(cls)                                                        # (all views, B, d)
     return net["head"](cls.flatten(0, 1)).unflatten(0, cls.shape[:2])
 
@@ -153,16 +153,20 @@ class Pretrainer:
     def __init__(self, args, images):
         self.args, self.images = args, images
         self.student = torch.nn.ModuleDict({
-            "backbone": small_vit(args.image_size, args.patch, args.width, args.depth,
-                                  args.width // 64, args.stem),
+            "backbone": teachers.small_vit(args.image_size, args.patch, args.width, args.depth,
+                                           args.width // 64, args.stem),
             "head": DINOHead(args.width, args.prototypes, args.hidden,
                              args.batch_norm)}).to(args.device)
+        if args.init:
+            self.load_backbone(teachers.load_teacher(args.init))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.centering = losses.Centering(args.prototypes, args.centering).to(args.device)
         self.optimizer = torch.optim.AdamW(losses.parameter_groups(self.student), lr=args.lr)
         self.scaler = torch.amp.GradScaler(torch.device(args.device).type,
                                            enabled=args.precision == "float16")
         augment = data.augmentation(args.data, args.image_size)
+        hue = augment.strength[3] if args.hue is None else args.hue
+        augment = dataclasses.replace(augment, strength=(*augment.strength[:3], hue))
         self.augment = dataclasses.replace(augment, crop=tuple(args.crop or augment.crop))
         self.augment_local = dataclasses.replace(augment, crop=tuple(args.local_crop))
         self.steps_per_epoch = len(images) // args.batch_size
@@ -171,6 +175,18 @@ class Pretrainer:
                              "images to train on")
         self.steps, self.step, self.seconds = args.epochs * self.steps_per_epoch, 0, 0.0
         self.gflop_per_image = self.peak = None             # see `measure`
+
+    def load_backbone(self, source):
+        """The weights of the Teacher `source`. Raises ValueError where it has another size."""
+        backbone, grid = self.student["backbone"], self.args.image_size // self.args.patch
+        state = source.vit.state_dict()
+        try:
+            backbone.vit.load_state_dict(
+                state | {"encoder.pos_embedding": source.positions(grid, grid)})
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"--init {self.args.init} is a teacher of another size: {reason}"
+                             ) from None
 
     def batches(self, last):
         """The images of this epoch's steps that are left, (b, 3, H, W) uint8 of this process, up to
@@ -197,7 +213,7 @@ class Pretrainer:
         with precision.autocast(args.device, args.precision):
             with torch.no_grad():
                 p_t = self.centering(forward(self.teacher, crops[:1]), args.teacher_temp)
-            logits = forward(self.student, crops, args.patch_mean)                           # (2 + locals, B, P)
+            logits = forward(self.student, crops)                           # (2 + locals, B, P)
             loss = losses.granular_dino_loss(p_t, logits[None], 1.0, STUDENT_TEMP, "cross")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()

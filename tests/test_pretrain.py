@@ -225,19 +225,14 @@ def test_windows_are_one_square_at_two_places_of_an_empty_canvas():
     assert not torch.equal(squares[0][0], squares[0][1])                # another one in each image
 
 
-def test_with_patch_mean_the_mean_patch_token_predicts_the_mean_target(tmp_path, images,
-                                                                       monkeypatch):
-    """Two more student views, whose target is the mean of the teacher's of both views."""
-    args = parse(tmp_path, "--stem", "--no-batch-norm", "--centering", "center", "--patch-mean")
-    trainer, views = pretrain.Pretrainer(args, images), torch.randn(2, 20, 3, 8, 8)
-    monkeypatch.setattr(trainer, "augment", lambda *_: views)
-    net = trainer.student
-    tokens = [net["backbone"](x) for x in views]
-    cls = [net["head"](z[:, 0]) / 0.1 for z in tokens]
-    patches = [net["head"](z[:, 1:].mean(1)) / 0.1 for z in tokens]
-    p_t = [(logits * 0.1 / 0.02).softmax(-1).detach() for logits in cls]
-    both = (p_t[0] + p_t[1]) / 2
-    entropies = [F.cross_entropy(*pair) for pair in ((cls[0], p_t[1]), (cls[1], p_t[0]),
-                                                     (patches[0], both), (patches[1], both))]
-    loss, _ = trainer.train_step(images.images[:20])
-    assert abs(loss - sum(entropies).item() / 4) < 1e-4
+def test_a_run_can_start_from_another_teacher_at_another_image_size(tmp_path, images):
+    torch.save(teachers.small_vit(16, 4, 64, 1, 1).vit.state_dict(), tmp_path / "before.pt")
+    flags = ["--stem", "--init", str(tmp_path / "before.pt"), "--hue", "0.3"]
+    trainer = pretrain.Pretrainer(parse(tmp_path, *flags), images)
+    before = teachers.load_teacher(tmp_path / "before.pt")
+    x = torch.randn(5, 3, 8, 8)                             # 2 x 2 patches, where there were 4 x 4
+    for net in (trainer.student, trainer.teacher):
+        assert torch.allclose(net["backbone"].eval()(x), before(x), atol=1e-5)
+    assert trainer.augment.strength[3] == trainer.augment_local.strength[3] == 0.3
+    with pytest.raises(ValueError, match="--init .*before.pt is a teacher of another size"):
+        pretrain.Pretrainer(parse(tmp_path, *flags, "--depth", "2"), images)
