@@ -35,8 +35,7 @@ class Centering(torch.nn.Module):
 
     method="center": softmax((logits - c) / temperature), c an EMA of the batch mean (DINO).
     method="sinkhorn": see `sinkhorn`; needs no state and cannot collapse to one prototype.
-    method="none": softmax(logits / temperature), for prototypes that are not learned.
-    """
+    method="none": softmax(logits / temperature), for prototypes that are not learned."""
 
     def __init__(self, prototypes, method, momentum=0.9):
         super().__init__()
@@ -82,20 +81,19 @@ def view_targets(p_t, views, pairing):
     return torch.cat([others, (total / v).expand(views - v, -1, -1)])
 
 
-def cross_entropy(p, logits, temperature):
-    """H(p, softmax(logits / temperature)) in nats, mean over images: (..., B, P) twice -> (...)."""
-    return -(p * F.log_softmax(logits.float() / temperature, dim=-1)).sum(-1).mean(-1)
+def dino_loss(p_t, logits, temperature, pairing):
+    """p_t (V, B, P), student logits (..., views, B, P) -> H(p_t, p_s) in nats, mean over images and
+    views (...): a scalar, or (D,) for the logits (D, V, B, P) of D prefixes."""
+    log_p_s = F.log_softmax(logits.float() / temperature, dim=-1)
+    return -(view_targets(p_t, logits.shape[-3], pairing) * log_p_s).sum(-1).mean(-1).mean(-1)
 
 
-def granular_dino_loss(p_t, logits, lam, temperature=0.1, pairing="cross"):
-    """p_t (V, B, P), student logits (D, V, B, P) -> the loss, a scalar in nats.
-    Divided by the sum of the lambda^j, so that lambda moves weight between granularities without
-    changing the learning rate; mean over views. (Both our choice.)
-    """
-    entropies = cross_entropy(view_targets(p_t, logits.shape[1], pairing), logits, temperature)
-    weights = lam ** torch.arange(1, len(logits) + 1, device=logits.device, dtype=torch.float)
+def granular_dino_loss(prefix_losses, lam):
+    """`dino_loss` of each prefix (D,) -> L, their mean weighted by lambda^j. Not their sum (our
+    choice), so that lambda moves weight between prefixes without changing the learning rate."""
+    weights = lam ** torch.arange(1.0, len(prefix_losses) + 1, device=prefix_losses.device)
     # a sum and not a matrix product, which autocast would round to bfloat16's three digits
-    return (weights * entropies.mean(1)).sum() / weights.sum()
+    return (weights * prefix_losses).sum() / weights.sum()
 
 
 @torch.no_grad()
@@ -186,11 +184,12 @@ def main():
     p_t = Centering(6, "center")(torch.randn(2, 3, 6), 0.5)
     logits, lam = torch.randn(4, 2, 3, 6) * 0.1, 0.5
     print(f"V = 2 views, B = 3 images, P = 6 prototypes, D = 4 prefixes, lambda = {lam}")
-    for j, row in enumerate(cross_entropy(view_targets(p_t, 2, "same"), logits, 0.1).tolist(), 1):
-        print(f"prefix of {2 ** (j - 1)} symbol(s)  lambda^{j} = {lam ** j:<6}  H(p_t, p_s) of "
-              f"each view: {row[0]:.3f}  {row[1]:.3f}")
-    print(f"L = {granular_dino_loss(p_t, logits, lam, 0.1, 'same'):.3f}, their mean with these "
-          f"weights; H(p_t) = {entropy(p_t).mean():.3f} is the least it can be")
+    prefix_losses = dino_loss(p_t, logits, 0.1, "same")                         # (D,)
+    for j, loss in enumerate(prefix_losses.tolist(), 1):
+        print(f"prefix of {2 ** (j - 1)} symbol(s)  lambda^{j} = {lam ** j:<6}  H(p_t, p_s), mean "
+              f"over views and images: {loss:.3f}")
+    print(f"L = {granular_dino_loss(prefix_losses, lam):.3f}, their mean with these weights; "
+          f"H(p_t) = {entropy(p_t).mean():.3f} is the least it can be")
 
 
 if __name__ == "__main__":

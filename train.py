@@ -54,7 +54,8 @@ def training_step(student, centering, z_t, temperature, args):
     sequence = student.describe(z_t)                                        # s, for V*B views
     z_s = student.interpret(sequence.embeddings)                            # (V*B, D, d)
     logits_s = student.projector(z_s.transpose(0, 1)).unflatten(1, (v, -1))     # (D, V, B, P)
-    loss = losses.granular_dino_loss(p_t, logits_s, args.lam, STUDENT_TEMP, args.pairing)
+    prefix_losses = losses.dino_loss(p_t, logits_s, STUDENT_TEMP, args.pairing)     # (D,)
+    loss = losses.granular_dino_loss(prefix_losses, args.lam)
     explore = losses.exploration_loss(sequence, args.explore, args.alpha, args.beta)
     extra = student.extra_loss(sequence, z_s, z_t)                          # 0 in the paper
     total = loss + sequence.aux + explore + extra

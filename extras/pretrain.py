@@ -214,7 +214,7 @@ class Pretrainer:
             with torch.no_grad():
                 p_t = self.centering(forward(self.teacher, crops[:1]), args.teacher_temp)
             logits = forward(self.student, crops)                           # (2 + locals, B, P)
-            loss = losses.granular_dino_loss(p_t, logits[None], 1.0, STUDENT_TEMP, "cross")
+            loss = losses.dino_loss(p_t, logits, STUDENT_TEMP, "cross")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         distributed.average_gradients(self.student)
