@@ -8,6 +8,7 @@ worker processes; both give the same images in the same order. A batch becomes f
 device only, where the V augmented views are made for the whole batch at once.
 """
 import hashlib
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -124,17 +125,51 @@ def choose(n, limit, seed):
     return order[:limit].sort().values if limit else torch.arange(n)
 
 
+# Images of the train split in an evaluation's gallery, at most (as many as CIFAR-10 has): features
+# and k-NN of a million would take 15 GB and hours
+GALLERY = 50_000
 ASSUMED_FREE_MEMORY = 4 * 10**9                     # bytes, where the system gives no figure
+CGROUPS = {                                         # Linux's control groups, version 2 and 1
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+               "total_inactive_file")}
+
+
+def read_lines(path):
+    """A file's lines, none where it cannot be read."""
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def cgroup_memory():
+    """Bytes that the memory limit of this process's container or batch job leaves, and those of
+    the groups around it; infinity without a limit. Inactive cached files count as free, because
+    the kernel drops them first."""
+    left = math.inf
+    for _, kinds, group in (line.split(":", 2) for line in read_lines("/proc/self/cgroup")):
+        if kinds not in CGROUPS:
+            continue
+        root, *names, inactive = CGROUPS[kinds]
+        folder = Path(root + group)     # often the host's name, where `root` is the container's own
+        for folder in (folder, *folder.parents):
+            limit, used, stat = (read_lines(folder / name) for name in (*names, "memory.stat"))
+            if limit and limit[0] != "max":
+                cached = dict(map(str.split, stat))[inactive]
+                left = min(left, max(0, int(limit[0]) - int(used[0]) + int(cached)))
+    return left
 
 
 def free_memory():
-    """(bytes of memory that are free, "free"), or a guess where there is no /proc/meminfo."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return 1024 * int(free), "free"
-    except (OSError, StopIteration):
+    """(bytes of memory that are free, "free"), of the machine or within this process's limit, or a
+    guess where there is no /proc/meminfo."""
+    free = [1024 * int(line.split()[1]) for line in read_lines("/proc/meminfo")
+            if line.startswith("MemAvailable:")]
+    if not free:
         return ASSUMED_FREE_MEMORY, "free memory, as is assumed"
+    left = cgroup_memory()
+    return (left, "free within the control group's limit") if left < free[0] else (free[0], "free")
 
 
 def fits_in_memory(what, n, side, storage):

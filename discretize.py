@@ -50,7 +50,7 @@ class Discretizer(nn.Module):
         super().__init__()
         if vocab < 2:
             raise ValueError(f"--vocab must be 2 or more (one symbol carries 0 bits), not {vocab}")
-        self.vocab = vocab
+        self.vocab, self.views = vocab, args.views
         self.final_tau = self.default_tau if args.tau is None else args.tau
         # a --tau alone is constant
         start = self.default_tau_start if args.tau is None else self.final_tau
@@ -139,7 +139,7 @@ class Gumbel(Softmax):
     def soft_assignment(self, logits):
         if self.training and self.noisy:
             shape = distributed.world_size() * len(logits), self.vocab   # of all ranks: -log Exp(1)
-            noise = -distributed.shard(logits.new_empty(shape).exponential_()).log()
+            noise = -distributed.shard(logits.new_empty(shape).exponential_(), self.views).log()
             logits = logits + noise
         return (logits / self.tau).softmax(-1)
 
@@ -204,7 +204,8 @@ def main():
     print("One decoder output h through the three discretizers, K = 5 symbols, d = 4")
     print("h =", [round(x, 2) for x in h[0].tolist()])
     for name, disc in DISCRETIZERS.items():
-        disc = disc(4, 5, Namespace(tau=None, tau_start=None, straight_through=False, vq_beta=0.25))
+        disc = disc(4, 5, Namespace(tau=None, tau_start=None, straight_through=False, vq_beta=0.25,
+                                    views=1))
         for hard in (False, True):
             out = disc(h, hard)
             gradient, = torch.autograd.grad(out.embedding.sum(), h, allow_unused=True)

@@ -102,6 +102,8 @@ def all_gather(x):
 def shard(x, groups=1):
     """This rank's shard: (groups * world_size * n, ...) -> (groups * n, ...). groups: V for views
     that lie one after the other, (V, B) flattened."""
+    if world_size() == 1:
+        return x
     return x.unflatten(0, (groups, world_size(), -1))[:, rank()].flatten(0, 1)
 
 

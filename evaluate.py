@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_model, write_json
-from data import evaluation_problem, image_count, load, normalize
+from data import GALLERY, evaluation_problem, image_count, load, normalize
 from precision import NAMES, autocast, resolve
 from progress import Progress
 from scoring import KS, code_figures, knn_accuracy, knn_hits, linear_probe, pack
@@ -66,13 +66,14 @@ def encode(student, teacher, image_set, size, precision="auto", batch_size=256, 
     CLS as the student gets it, "ids": (n, T), "z": (D, n, d) of each prefix in student.lengths,
     from hard symbols, "soft": the same from soft assignments, where `soft` and the discretizer has
     any}, float32, in main memory: 4 n d (2 + 2 D) bytes, 15 GB for a million images of width 384.
-    tokens (n, N+1, d): the teacher's tokens of these images where they are at hand."""
+    tokens: function of indices (b,) -> the teacher's tokens (b, N+1, d) of these images, where they
+    are at hand."""
     device, n, out = str(next(student.parameters()).device), len(image_set), {}
     index_batches = torch.arange(n).split(batch_size)
     if tokens is None:
         batches = teacher_tokens(teacher, image_set, index_batches, size, device, precision)
     else:
-        batches = (tokens[index].to(device).float() for index in index_batches)
+        batches = (tokens(index).to(device).float() for index in index_batches)
     with Progress("encoding, images", n) as progress:
         for index, z_t in zip(index_batches, batches):
             batch = encode_batch(student, z_t, precision, soft)
@@ -164,13 +165,17 @@ def score_prefixes(train, train_y, test, test_y, lengths, vocab, soft, probe_on)
     return rows
 
 
-def evaluate(teacher, student, config, soft=False, probe_on="z", batch_size=256, tokens=None):
+def evaluate(teacher, student, config, soft=False, probe_on="z", batch_size=256, tokens=None,
+             most=GALLERY):
     """All figures of a run: a dict for `print_table` and `summary`. Teacher and student: on one
     device, in eval mode. config: data, image_size, vocab, train_images, test_images, seed and, if
     not "auto", precision and storage. probe_on: "z", "onehot" or "both". soft: probe soft
-    assignments too; their k-NN is always measured. tokens (n, N+1, d): the teacher's tokens of the
-    train split where they are at hand. The collapse figures are of the test split."""
-    start, sets, vocab = time.monotonic(), load_splits(config), config["vocab"]
+    assignments too; their k-NN is always measured. tokens: as `encode` takes them, of the
+    gallery. most: images in the gallery; None: as many as train_images says. The collapse figures
+    are of the test split."""
+    start, vocab = time.monotonic(), config["vocab"]
+    sets = load_splits(config | {"train_images": min(config["train_images"] or most, most)}
+                       if most else config)
     device = next(student.parameters()).device
     precision = resolve(str(device), config.get("precision", "auto"))
     codes = [encode(student, teacher, part, config["image_size"], precision, batch_size, True, z_t)
@@ -257,7 +262,8 @@ def parse():
     add("--data", default=argparse.SUPPRESS,
         help="another data set than the run's, to see whether its code carries over")
     count = {"type": image_count, "default": argparse.SUPPRESS}  # not given: as the run; all: None
-    add("--train-images", **count, help="gallery size, or all; fewer is faster and scores lower")
+    add("--train-images", **count, help="gallery size, or all; fewer is faster and scores lower. "
+        f"Not given: as the run, at most {GALLERY}")
     add("--test-images", **count, help="or all; the standard error is under 50 / sqrt(n) %%")
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("--soft", action="store_true",
@@ -284,7 +290,7 @@ def main():
             raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
         config, teacher, student = load_model(args.checkpoint, args.device)
         results = evaluate(teacher, student, config | given, args.soft, args.probe_on,
-                           args.batch_size)
+                           args.batch_size, most=None if "train_images" in given else GALLERY)
         print_table(results)
         if args.json:
             write_json(args.json, summary(results))

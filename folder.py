@@ -206,10 +206,13 @@ class ImageFiles:
         The workers' seeds come from their own generator, for training's is not to move."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = max(1, min(MOST_WORKERS, cores // distributed.world_size(), len(index_batches)))
+        workers = workers if len(index_batches) > 1 else 0
         loader = DataLoader(
             self, batch_size=None, sampler=map(torch.Tensor.tolist, index_batches),
-            num_workers=workers if len(index_batches) > 1 else 0, collate_fn=tuple,
-            worker_init_fn=end_with_parent, generator=torch.Generator())
+            num_workers=workers, collate_fn=tuple, worker_init_fn=end_with_parent,
+            generator=torch.Generator(),
+            # Python 3.14 would start a fresh interpreter for each, which imports PyTorch for seconds
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
         try:
             for pixels, notes in loader:
                 if pixels is None:
@@ -244,8 +247,8 @@ def list_folder(path, split):
                 ignored[extension or "without extension"] += 1
     if not names:
         raise FileNotFoundError(f"no images in {root} (looking for {' '.join(EXTENSIONS)})")
-    names.sort(key=lambda name: name.split(os.sep))
-    folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
-    classes = sorted({*folders} - {None})
+    names.sort(key=lambda name: name.replace(os.sep, "\0"))     # folder by folder: a/ before a-b/
+    folder_of = lambda name: name.partition(os.sep)[0] if os.sep in name else None  # noqa: E731
+    classes = sorted({folder_of(name) for name in names} - {None})
     number = {None: -1} | {name: i for i, name in enumerate(classes)}
-    return str(root), names, [number[folder] for folder in folders], classes, ignored
+    return str(root), names, [number[folder_of(name)] for name in names], classes, ignored

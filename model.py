@@ -262,8 +262,8 @@ class Student(nn.Module):
         return projector, copy.deepcopy(projector).requires_grad_(False)
 
     def fit(self, encode):
-        """Called once before step 1. encode(n, augmented=False) -> z_t (n, N+1, d) of the first n
-        training images."""
+        """Called once before step 1. encode(n, augmented=False) yields z_t (b, N+1, d) of the
+        first n training images."""
 
     def slow_parameters(self):
         """Parameters that learn at --codebook-lr times the learning rate; here none."""
@@ -295,7 +295,7 @@ def main():
     torch.manual_seed(0)
     student = Student(argparse.Namespace(
         disc="softmax", vocab=128, tau=None, tau_start=None, straight_through=False, length=8,
-        descriptor=(2, 4), interpreter=(2, 4), prototypes=1024, hidden=512), 128)
+        descriptor=(2, 4), interpreter=(2, 4), prototypes=1024, hidden=512, views=1), 128)
     z_t = torch.randn(16, 65, 128)
     sequence = student.describe(z_t, attention=True)
     z_s = student.interpret(sequence.embeddings)

@@ -31,6 +31,7 @@ KMEANS_ITERATIONS = 25
 FIT_IMAGES = 20000          # for whitening and k-means, at most
 RCA_IMAGES = 4000           # of these, whose neighbours (among all) are averaged
 WITHIN_IMAGES = 2000        # whose augmented views are compared
+PATCH_IMAGES = 500          # of these, whose patch tokens are standardised
 WITHIN_RIDGE, RCA_RIDGE = 0.01, 0.1     # of the two whitenings
 
 
@@ -69,6 +70,17 @@ def whitening(x, ridge):
     the largest eigenvalue of C."""
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     return axes * (variance + ridge * variance.max().clamp(min=1e-12)).rsqrt() @ axes.T
+
+
+def cls_and_patches(batches, images):
+    """Batches of z_t (b, N+1, d), together of n images -> (CLS (n, d), patches (images * N, d) of
+    the first `images`). Copies, because a slice would keep its whole batch in memory."""
+    cls, patches = [], []
+    for z_t in batches:
+        cls.append(z_t[:, 0].clone())
+        patches.append(z_t[:images, 1:].flatten(0, 1).clone())
+        images = max(0, images - len(z_t))
+    return torch.cat(cls), torch.cat(patches)
 
 
 def match_codewords(directions, centroids):
@@ -206,7 +218,8 @@ class StableStudent(Student):
     @torch.no_grad()
     def fit(self, encode):
         """The space, the prototypes and the codebooks, from the teacher's tokens of training
-        images. encode(n, augmented=False) -> z_t (n, N+1, d) of the first n (or all, if fewer)."""
+        images. encode(n, augmented=False) yields z_t (b, N+1, d) of the first n (or all, if fewer).
+        """
         args = self.args
         y = self.fit_whitening(encode)
         neighbours = min(args.neighbours, len(y) // 10)
@@ -224,12 +237,13 @@ class StableStudent(Student):
     def fit_whitening(self, encode):
         """Whitens by the covariance within images, between two augmented views: what lasts counts.
         -> CLS of the un-augmented images, whitened, (n, d)."""
-        views = torch.stack([encode(WITHIN_IMAGES, True) for _ in range(2)])    # (2, n, N+1, d)
-        patches = views[:, :500, 1:].flatten(0, 2)
-        self.mean.copy_(torch.stack([views[:, :, 0].mean((0, 1)), patches.mean(0)]))
+        views, patches = zip(*(cls_and_patches(encode(WITHIN_IMAGES, True), PATCH_IMAGES)
+                               for _ in range(2)))
+        patches = torch.cat(patches)
+        self.mean.copy_(torch.stack([torch.cat(views).mean(0), patches.mean(0)]))
         self.std.copy_(patches.std(0).clamp(min=1e-6))
-        y = encode(FIT_IMAGES)[:, 0] - self.mean[0]
-        return self.transform(y, whitening(views[0, :, 0] - views[1, :, 0], WITHIN_RIDGE))
+        y = cls_and_patches(encode(FIT_IMAGES), 0)[0] - self.mean[0]
+        return self.transform(y, whitening(views[0] - views[1], WITHIN_RIDGE))
 
     def transform(self, y, matrix):
         """Multiplies self.whiten and y (n, d) by `matrix` (d, d), scaled so that the product's

@@ -55,28 +55,35 @@ class TrainingTokens:
         return cache
 
     def first(self, n, augmented=False):
-        """z_t (n, N+1, d), float32, of the first n training images, for `Student.fit`."""
-        n = min(n, len(self.images))
+        """Yields z_t (b, N+1, d), float32, of the first n training images, for `Student.fit`: not
+        at once, because 20 000 images of 257 tokens of width 384 are 8 GB."""
+        batches = torch.arange(min(n, len(self.images))).split(self.args.batch_size)
         if self.cache is not None and not augmented:
-            return self.cache[:n, 0].to(self.args.device).float()
-        batches, out = torch.arange(n).split(self.args.batch_size), []
-        with Progress("teacher's tokens for the statistics, images", n) as progress:
+            yield from (self.cache[index, 0].to(self.args.device).float() for index in batches)
+            return
+        with Progress("teacher's tokens for the statistics, images",
+                      sum(map(len, batches))) as progress:
             for x in self.images.batches(batches):
-                out.append(self.encode(x, int(augmented)).float())
+                yield self.encode(x, int(augmented)).float()
                 progress.update(len(x))
-        return torch.cat(out)
 
     @torch.no_grad()
     def gallery(self, held_out):
-        """The cache's z_t (n, N+1, d) of the images without augmentation, with those of the images
-        `held_out`, in the order of `data.load`: the evaluation's gallery. None without cache."""
-        if self.cache is None:
+        """-> a function of indices (b,) into the images of `data.load`: their z_t (b, N+1, d)
+        without augmentation, of the cache or, for those of `held_out`, new. None without a cache,
+        and for more images than the evaluation's gallery has."""
+        n = len(self.images)
+        if self.cache is None or n + len(held_out) > data.GALLERY:
             return None
         batches = torch.arange(len(held_out)).split(self.args.batch_size)
-        others = [self.encode(x, 0).half().cpu() for x in held_out.batches(batches)]
-        z_t = torch.cat([self.cache[:, 0], *others])
-        order = torch.cat(data.held_out_indices(len(z_t), self.args.seed))
-        return z_t[order.argsort()]
+        others = torch.cat([self.encode(x, 0).half().cpu() for x in held_out.batches(batches)])
+        place = torch.cat(data.held_out_indices(n + len(others), self.args.seed)).argsort()
+
+        def z_t(indices):
+            at = place[indices]
+            trained = self.cache[at.clamp(max=n - 1), 0]
+            return torch.where((at < n)[:, None, None], trained, others[(at - n).clamp(min=0)])
+        return z_t
 
     def batches(self, epoch, start, steps):
         """Yields this process's z_t (V*b, N+1, d) of the steps from `start` on, through the images

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -12,6 +13,7 @@ torch.set_num_threads(1)
 import checkpoint
 import data
 import flags
+import shapes
 import teachers
 import train
 
@@ -38,6 +40,19 @@ def tiny(tmp_path):
     torch.save(teachers.small_vit(8, 4, 64, 1, 1).vit.state_dict(), tmp_path / "teacher.pt")
     paths = ["--teacher", str(tmp_path / "teacher.pt"), "--out", str(tmp_path / "run")]
     return lambda *words: [*TINY, *paths, *words]
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """image_folder(n) -> a folder with n JPEG files of `shapes`, 8 x 8 pixels, in train/CLASS/."""
+    def make(n):
+        images, factors, _ = shapes.load("train", n)
+        for k, (image, y) in enumerate(zip(images[:, :, ::4, ::4], factors["shape"])):
+            path = tmp_path / "images" / "train" / shapes.FACTORS["shape"][y] / f"{k}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        return tmp_path / "images"
+    return make
 
 
 def make_trainer(args, teacher):

@@ -97,9 +97,11 @@ def killed(context, main, words, out, delay):
     return process.exitcode
 
 
-def test_train_survives_kills_at_random_moments(tiny, tmp_path, forkserver, request):
+def test_train_survives_kills_at_random_moments(tiny, tmp_path, forkserver, request, image_folder):
+    """On streamed images, whose reading processes are left without a parent by the kill."""
     crashes, dice = request.config.getoption("--crashes"), random.Random()
-    words = tiny("--epochs", str(2 + crashes), "--knn-every", "0.5")   # no kill after the last step
+    words = tiny("--epochs", str(2 + crashes), "--knn-every", "0.5",   # no kill after the last step
+                 "--data", f"folder:{image_folder(80)}", "--storage", "stream")
     out, statuses = tmp_path / "run", []
     run([*words, "--out", str(tmp_path / "straight")])
     for _ in range(crashes):

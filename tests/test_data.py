@@ -142,17 +142,38 @@ def test_memory_is_for_what_fits_into_half_of_it(name, free, processes, storage,
     assert line == f"{name}/train: 9 images of 36 x 36 pixels, {memory}, are {expected}"
 
 
-def test_free_memory_is_read_where_the_system_gives_it(monkeypatch):
-    text = "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:   5000 kB\n"
-    monkeypatch.setattr(data.Path, "read_text", lambda self: text)
-    assert data.free_memory() == (5_120_000, "free")
-    for unknown in ("MemTotal: 9000 kB\n", None):
-        def read(self):
-            if unknown is None:
-                raise FileNotFoundError
-            return unknown
-        monkeypatch.setattr(data.Path, "read_text", read)
-        assert data.free_memory() == (data.ASSUMED_FREE_MEMORY, "free memory, as is assumed")
+MEMINFO = {"/proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:   5000 kB\n"}
+V1, V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
+
+
+@pytest.mark.parametrize("files, expected", [
+    (MEMINFO, (5_120_000, "free")),
+    ({"/proc/meminfo": "MemTotal: 9000 kB\n"}, (data.ASSUMED_FREE_MEMORY, "as is assumed")),
+    ({}, (data.ASSUMED_FREE_MEMORY, "as is assumed")),
+    # version 2: the limit is that of a group around the process's own
+    (MEMINFO | {"/proc/self/cgroup": "0::/job/step\n", f"{V2}/job/step/memory.max": "max\n",
+                f"{V2}/job/memory.max": "3000000\n", f"{V2}/job/memory.current": "1500000\n",
+                f"{V2}/job/memory.stat": "anon 5\ninactive_file 500000\nactive_file 9\n"},
+     (2_000_000, "free within the control group's limit")),
+    # version 1 in a container, which sees the host's name for its group and its own group as root
+    (MEMINFO | {"/proc/self/cgroup": "5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n0::/\n",
+                f"{V1}/memory.limit_in_bytes": "3000000\n",
+                f"{V1}/memory.usage_in_bytes": "4000000\n",
+                f"{V1}/memory.stat": "inactive_file 7\ntotal_inactive_file 100000\n"},
+     (0, "free within the control group's limit")),
+    (MEMINFO | {"/proc/self/cgroup": "4:memory:/\n",
+                f"{V1}/memory.limit_in_bytes": "9223372036854771712\n",
+                f"{V1}/memory.usage_in_bytes": "1\n", f"{V1}/memory.stat": "total_inactive_file 0"},
+     (5_120_000, "free"))])
+def test_free_memory_is_that_of_the_machine_or_of_a_containers_limit(monkeypatch, files, expected):
+    def read(path):
+        try:
+            return files[str(path)]
+        except KeyError:
+            raise FileNotFoundError from None
+    monkeypatch.setattr(data.Path, "read_text", read)
+    free, word = data.free_memory()
+    assert free == expected[0] and word.endswith(expected[1])
 
 
 def test_only_folders_are_streamed():

@@ -65,9 +65,9 @@ def normalise(norm, x, weights):
 
 
 def noisy_symbols(x):
-    """Gumbel's symbols for x (n, 3) from one seed."""
+    """Gumbel's symbols for x (n, 3), 3 views one after the other, from one seed."""
     torch.manual_seed(4)
-    disc = discretize.build(flags.parse(["--disc", "gumbel", "--vocab", "9"]), 3)
+    disc = discretize.build(flags.parse(["--disc", "gumbel", "--vocab", "9", "--views", "3"]), 3)
     return disc(x).ids
 
 
@@ -84,7 +84,7 @@ def compute(file):
     (layer(X[part]).mean() * (1 + distributed.rank())).backward()
     distributed.average_gradients(layer)
     augment, images = data.Augment(), torch.arange(4 * 3 * 64).view(4, 3, 8, 8).byte()
-    ids = noisy_symbols(X[part, 0])
+    ids = noisy_symbols(distributed.shard(X[:, 0], 3)).view(3, -1)
     torch.manual_seed(3)
     views = augment(distributed.shard(images), 3, 8, True)
     out = {"y": y, "gradient": gradient / 2, "layer": layer.weight.grad, "symbols": ids,
@@ -110,7 +110,7 @@ def test_two_halves_give_what_the_whole_batch_does(tmp_path, forkserver):
     assert all(close(half["center"], LOGITS.mean((0, 1)) / 2) for half in halves)
     expected = (X[:6].mean((0, 1)) + 2 * X[6:].mean((0, 1))) / 2        # d mean(w x + b) / d w
     assert all(close(half["layer"], expected[None]) for half in halves)
-    assert torch.equal(joined("symbols", 0), noisy_symbols(X[:, 0]))
+    assert torch.equal(joined("symbols", 1), noisy_symbols(X[:, 0]).view(3, -1))
     torch.manual_seed(3)
     views = data.Augment()(torch.arange(4 * 3 * 64).view(4, 3, 8, 8).byte(), 3, 8)
     assert close(joined("views", 1), views)
@@ -163,13 +163,13 @@ def learn(file, name, words):
 
 
 @pytest.mark.parametrize("words", [
-    # one view: of several, the noise of a process is for other rows than it has in one process
-    "--recipe paper --disc gumbel --centering sinkhorn --views 1", "--recipe paper --disc vq",
-    "--recipe stable --views 2 --cache-views 3"])
+    "--recipe paper --disc gumbel --centering sinkhorn --views 2 --epochs 2 --data folder:{} "
+    "--storage stream --train-images 170",
+    "--recipe paper --disc vq", "--recipe stable --views 2 --cache-views 3"])
 def test_two_processes_learn_what_one_does(tiny, tmp_path, forkserver, monkeypatch, unscored,
-                                           words):
+                                           image_folder, words):
     """Slowly: symbols are chosen by comparison, and another order of a sum may change one."""
-    words = tiny(*words.split(), "--epochs", "5", "--lr", "2e-4")
+    words = tiny("--epochs", "5", "--lr", "2e-4", *words.format(image_folder(170)).split())
     alone, step = [], train.Trainer.step
 
     def stepping(self, z_t, at):

@@ -83,7 +83,7 @@ def test_encode_takes_tokens_at_hand_instead_of_the_teacher():
     images, student = colour_set(23), ToyStudent()
     by_teacher = evaluate.encode(student, ToyTeacher(), images, 8, batch_size=5)
     tokens = by_teacher["cls"][:, None].half()                      # (n, N+1, d), as cached
-    by_tokens = evaluate.encode(student, None, images, 8, batch_size=5, tokens=tokens)
+    by_tokens = evaluate.encode(student, None, images, 8, batch_size=5, tokens=tokens.__getitem__)
     assert torch.equal(by_tokens["ids"], by_teacher["ids"])
     assert torch.equal(by_tokens["z"], by_teacher["z"])
     assert torch.allclose(by_tokens["cls"], by_teacher["cls"], rtol=1e-3)
@@ -218,14 +218,23 @@ def test_mistakes_end_in_one_line(toy_run, monkeypatch, arguments, complaint):
     (["--train-images", "50", "--data", "other"], [50, 30])])
 def test_flags_that_are_given_replace_the_runs_own(toy_run, monkeypatch, flags, sizes):
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda t, s, config, *rest:
-                        seen.append(config) or 1 / 0)
+    monkeypatch.setattr(evaluate, "evaluate", lambda t, s, config, *rest, most:
+                        seen.append(config | {"most": most}) or 1 / 0)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "run.pt", "--device", "cpu", *flags])
     with pytest.raises(ZeroDivisionError):
         evaluate.main()
     assert [seen[0][k] for k in ("train_images", "test_images")] == sizes
+    assert seen[0]["most"] == (None if "--train-images" in flags else evaluate.GALLERY)
     assert seen[0]["data"] == ("other" if "other" in flags else "toy") and seen[0]["vocab"] == 4
     assert seen[0]["precision"] == "auto"       # of this machine, not of the one that trained
+
+
+@pytest.mark.parametrize("asked, most, gallery", [
+    (90, 100, 90), (90, 20, 20), (None, 20, 20), (90, None, 90)])
+def test_the_gallery_has_a_largest_size(toy_run, asked, most, gallery):
+    config = CONFIG | {"train_images": asked}
+    results = evaluate.evaluate(ToyTeacher(), ToyStudent(), config, most=most)
+    assert results["sizes"] == [gallery, 30] and evaluate.GALLERY == 50_000
 
 
 def test_images_without_classes_are_refused(tmp_path):
