@@ -125,8 +125,8 @@ def choose(n, limit, seed):
     return order[:limit].sort().values if limit else torch.arange(n)
 
 
-# Images of the train split in an evaluation's gallery, at most (as many as CIFAR-10 has): features
-# and k-NN of a million would take 15 GB and hours
+# Images of an evaluation's gallery, at most: all of CIFAR-10's training images; features and k-NN
+# of a million would take 15 GB and hours
 GALLERY = 50_000
 ASSUMED_FREE_MEMORY = 4 * 10**9                     # bytes, where the system gives no figure
 CGROUPS = {                                         # Linux's control groups, version 2 and 1
@@ -148,10 +148,10 @@ def cgroup_memory():
     the groups around it; infinity without a limit. Inactive cached files count as free, because
     the kernel drops them first."""
     left = math.inf
-    for _, kinds, group in (line.split(":", 2) for line in read_lines("/proc/self/cgroup")):
-        if kinds not in CGROUPS:
+    for _, controllers, group in (line.split(":", 2) for line in read_lines("/proc/self/cgroup")):
+        if controllers not in CGROUPS:
             continue
-        root, *names, inactive = CGROUPS[kinds]
+        root, *names, inactive = CGROUPS[controllers]
         folder = Path(root + group)     # often the host's name, where `root` is the container's own
         for folder in (folder, *folder.parents):
             limit, used, stat = (read_lines(folder / name) for name in (*names, "memory.stat"))

@@ -52,8 +52,7 @@ class Discretizer(nn.Module):
             raise ValueError(f"--vocab must be 2 or more (one symbol carries 0 bits), not {vocab}")
         self.vocab, self.views = vocab, args.views
         self.final_tau = self.default_tau if args.tau is None else args.tau
-        # a --tau alone is constant
-        start = self.default_tau_start if args.tau is None else self.final_tau
+        start = self.default_tau_start if args.tau is None else self.final_tau  # --tau: constant
         self.tau = self.start_tau = start if args.tau_start is None else args.tau_start
         if not (self.final_tau > 0 and self.start_tau > 0):
             raise ValueError("--tau and --tau-start must be above 0")

@@ -166,16 +166,18 @@ def score_prefixes(train, train_y, test, test_y, lengths, vocab, soft, probe_on)
 
 
 def evaluate(teacher, student, config, soft=False, probe_on="z", batch_size=256, tokens=None,
-             most=GALLERY):
+             max_gallery=GALLERY):
     """All figures of a run: a dict for `print_table` and `summary`. Teacher and student: on one
     device, in eval mode. config: data, image_size, vocab, train_images, test_images, seed and, if
     not "auto", precision and storage. probe_on: "z", "onehot" or "both". soft: probe soft
     assignments too; their k-NN is always measured. tokens: as `encode` takes them, of the
-    gallery. most: images in the gallery; None: as many as train_images says. The collapse figures
+    gallery. max_gallery: images in the gallery, or None for all train_images. The collapse figures
     are of the test split."""
     start, vocab = time.monotonic(), config["vocab"]
-    sets = load_splits(config | {"train_images": min(config["train_images"] or most, most)}
-                       if most else config)
+    if max_gallery:
+        count = min(config["train_images"] or max_gallery, max_gallery)
+        config = config | {"train_images": count}
+    sets = load_splits(config)
     device = next(student.parameters()).device
     precision = resolve(str(device), config.get("precision", "auto"))
     codes = [encode(student, teacher, part, config["image_size"], precision, batch_size, True, z_t)
@@ -290,7 +292,8 @@ def main():
             raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
         config, teacher, student = load_model(args.checkpoint, args.device)
         results = evaluate(teacher, student, config | given, args.soft, args.probe_on,
-                           args.batch_size, most=None if "train_images" in given else GALLERY)
+                           args.batch_size,
+                           max_gallery=None if "train_images" in given else GALLERY)
         print_table(results)
         if args.json:
             write_json(args.json, summary(results))

@@ -211,7 +211,7 @@ class ImageFiles:
             self, batch_size=None, sampler=map(torch.Tensor.tolist, index_batches),
             num_workers=workers, collate_fn=tuple, worker_init_fn=end_with_parent,
             generator=torch.Generator(),
-            # Python 3.14 would start a fresh interpreter for each, which imports PyTorch for seconds
+            # Python 3.14 would start a new interpreter for each, which imports PyTorch for seconds
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None)
         try:
             for pixels, notes in loader:

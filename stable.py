@@ -72,15 +72,18 @@ def whitening(x, ridge):
     return axes * (variance + ridge * variance.max().clamp(min=1e-12)).rsqrt() @ axes.T
 
 
-def cls_and_patches(batches, images):
-    """Batches of z_t (b, N+1, d), together of n images -> (CLS (n, d), patches (images * N, d) of
-    the first `images`). Copies, because a slice would keep its whole batch in memory."""
-    cls, patches = [], []
+def cls_and_patches(batches, n, images):
+    """Batches of z_t (b, N+1, d) of at most n images -> (CLS (n, d), patches (images * N, d) of the
+    first `images`). Copied into one piece of memory: a slice would keep its whole batch, and small
+    pieces between the batches would keep the memory around them from being used again."""
+    done = 0
     for z_t in batches:
-        cls.append(z_t[:, 0].clone())
-        patches.append(z_t[:images, 1:].flatten(0, 1).clone())
-        images = max(0, images - len(z_t))
-    return torch.cat(cls), torch.cat(patches)
+        if not done:
+            cls, patches = z_t.new_empty(n, z_t.shape[2]), z_t.new_empty(images, *z_t[0, 1:].shape)
+        cls[done:done + len(z_t)] = z_t[:, 0]
+        patches[done:done + len(z_t)] = z_t[:max(0, images - done), 1:]
+        done += len(z_t)
+    return cls[:done], patches[:done].flatten(0, 1)
 
 
 def match_codewords(directions, centroids):
@@ -237,12 +240,12 @@ class StableStudent(Student):
     def fit_whitening(self, encode):
         """Whitens by the covariance within images, between two augmented views: what lasts counts.
         -> CLS of the un-augmented images, whitened, (n, d)."""
-        views, patches = zip(*(cls_and_patches(encode(WITHIN_IMAGES, True), PATCH_IMAGES)
-                               for _ in range(2)))
+        views, patches = zip(*(cls_and_patches(encode(WITHIN_IMAGES, True), WITHIN_IMAGES,
+                                               PATCH_IMAGES) for _ in range(2)))
         patches = torch.cat(patches)
         self.mean.copy_(torch.stack([torch.cat(views).mean(0), patches.mean(0)]))
         self.std.copy_(patches.std(0).clamp(min=1e-6))
-        y = cls_and_patches(encode(FIT_IMAGES), 0)[0] - self.mean[0]
+        y = cls_and_patches(encode(FIT_IMAGES), FIT_IMAGES, 0)[0] - self.mean[0]
         return self.transform(y, whitening(views[0] - views[1], WITHIN_RIDGE))
 
     def transform(self, y, matrix):

@@ -77,12 +77,12 @@ class TrainingTokens:
             return None
         batches = torch.arange(len(held_out)).split(self.args.batch_size)
         others = torch.cat([self.encode(x, 0).half().cpu() for x in held_out.batches(batches)])
-        place = torch.cat(data.held_out_indices(n + len(others), self.args.seed)).argsort()
+        rows = torch.cat(data.held_out_indices(n + len(others), self.args.seed)).argsort()
 
         def z_t(indices):
-            at = place[indices]
-            trained = self.cache[at.clamp(max=n - 1), 0]
-            return torch.where((at < n)[:, None, None], trained, others[(at - n).clamp(min=0)])
+            row = rows[indices]
+            trained = self.cache[row.clamp(max=n - 1), 0]
+            return torch.where((row < n)[:, None, None], trained, others[(row - n).clamp(min=0)])
         return z_t
 
     def batches(self, epoch, start, steps):

@@ -218,22 +218,22 @@ def test_mistakes_end_in_one_line(toy_run, monkeypatch, arguments, complaint):
     (["--train-images", "50", "--data", "other"], [50, 30])])
 def test_flags_that_are_given_replace_the_runs_own(toy_run, monkeypatch, flags, sizes):
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda t, s, config, *rest, most:
-                        seen.append(config | {"most": most}) or 1 / 0)
+    monkeypatch.setattr(evaluate, "evaluate", lambda t, s, config, *rest, max_gallery:
+                        seen.append(config | {"max_gallery": max_gallery}) or 1 / 0)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "run.pt", "--device", "cpu", *flags])
     with pytest.raises(ZeroDivisionError):
         evaluate.main()
     assert [seen[0][k] for k in ("train_images", "test_images")] == sizes
-    assert seen[0]["most"] == (None if "--train-images" in flags else evaluate.GALLERY)
+    assert seen[0]["max_gallery"] == (None if "--train-images" in flags else evaluate.GALLERY)
     assert seen[0]["data"] == ("other" if "other" in flags else "toy") and seen[0]["vocab"] == 4
     assert seen[0]["precision"] == "auto"       # of this machine, not of the one that trained
 
 
-@pytest.mark.parametrize("asked, most, gallery", [
+@pytest.mark.parametrize("train_images, largest, gallery", [
     (90, 100, 90), (90, 20, 20), (None, 20, 20), (90, None, 90)])
-def test_the_gallery_has_a_largest_size(toy_run, asked, most, gallery):
-    config = CONFIG | {"train_images": asked}
-    results = evaluate.evaluate(ToyTeacher(), ToyStudent(), config, most=most)
+def test_the_gallery_has_a_largest_size(toy_run, train_images, largest, gallery):
+    config = CONFIG | {"train_images": train_images}
+    results = evaluate.evaluate(ToyTeacher(), ToyStudent(), config, max_gallery=largest)
     assert results["sizes"] == [gallery, 30] and evaluate.GALLERY == 50_000
 
 
