@@ -121,9 +121,7 @@ class KMeansPrototypes(nn.Module):
 # ---- the networks' differences -------------------------------------------------------------------
 
 class StableDescriptor(Descriptor):
-    """The paper's decoder on patch tokens alone; its output becomes a prediction of the CLS."""
-
-    attends_to_cls = False          # the CLS is what it predicts: it would be the answer
+    """The paper's decoder; its output becomes a prediction of the CLS."""
 
     def __init__(self, width, depth, heads, length):
         super().__init__(width, depth, heads, length)
@@ -166,6 +164,9 @@ class StableStudent(Student):
                  "nearest are often of another class")
         add("--components", type=int, default=32,
             help="principal components that the space keeps; 0: all")
+        add("--memory", choices=["all", "patches"], default="all",
+            help="what the decoder attends to: all of the teacher's tokens (the paper), or the "
+                 "patch tokens alone, from which it cannot copy the CLS")
 
     def __init__(self, args, width):
         super().__init__(args, width)
@@ -175,6 +176,7 @@ class StableStudent(Student):
                                  f"{getattr(args, name)}")
         self.args = args
         nn.init.zeros_(self.interpreter.out.weight)         # no correction at first
+        self.descriptor.attends_to_cls = args.memory == "all"
         self.register_buffer("mean", torch.zeros(2, width))                 # of CLS, of patches
         self.register_buffer("std", torch.ones(width))                      # of patches
         self.register_buffer("whiten", torch.eye(width))                    # of CLS

@@ -63,6 +63,7 @@ TABLES = {
     "ablations of stable": {
         "stable-softmax-128": "",
         "stable-softmax-128-no-whitening": "--neighbours 0 --components 0",
+        "stable-softmax-128-patches": "--memory patches",
         "stable-softmax-128-no-regression": "--regression 0",
         "stable-softmax-128-fixed-codebooks": "--codebook-lr 0",
         "stable-softmax-128-new-views": "--views 4 --cache-views 0 --epochs 1",
@@ -89,7 +90,7 @@ def base_of(name):
 
 
 def command(data, name, flags):
-    """What follows `python`; {seed} is left open."""
+    """What follows `python`; {seed} is left open. In float32, which all machines have."""
     recipe, disc, vocab = base_of(name).split("-")
     if name.startswith(RECIPES):
         own = f"train.py --recipe {recipe} --disc {disc} --vocab {vocab} {BUDGET[recipe]} {flags} "
@@ -98,7 +99,7 @@ def command(data, name, flags):
         module = "baselines" if name.startswith("kmeans") else "vqvae"
         student = f"runs/{data}/{base_of(name)}-s{{seed}}/ckpt.pt"
         own = f"-m extras.{module} --vocab {vocab} {flags.replace('{student}', student)}"
-    return " ".join(f"{own} {DATA[data]}".split())
+    return " ".join(f"{own} {DATA[data]} --precision float32".split())
 
 
 EXPERIMENTS = {f"{data}/{name}": command(data, name, flags) for data in DATA

@@ -72,10 +72,10 @@ def test_table_1_and_2_are_the_papers():
         assert grid <= set(experiments.EXPERIMENTS)
     assert experiments.EXPERIMENTS["cifar10/stable-vq-256"] == (
         "train.py --recipe stable --disc vq --vocab 256 --iterations 1 --data folder:cifar10 "
-        "--teacher cifar10")
+        "--teacher cifar10 --precision float32")
     assert experiments.EXPERIMENTS["shapes/kmeans-128-space-beam"] == (
         "-m extras.baselines --vocab 128 --checkpoint "
-        "runs/shapes/stable-gumbel-128-s{seed}/ckpt.pt --beam 8")
+        "runs/shapes/stable-gumbel-128-s{seed}/ckpt.pt --beam 8 --precision float32")
 
 
 def test_train_understands_every_command_and_each_changes_something():

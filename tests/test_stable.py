@@ -49,14 +49,18 @@ def test_the_discretizer_sees_the_cls_less_the_codewords_so_far(monkeypatch):
 
 
 @torch.no_grad()
-def test_the_descriptor_cannot_see_the_cls_it_predicts():
-    student, z_t = make_student(*FLAGS), torch.randn(B, N + 1, D)
+def test_the_descriptor_of_patches_cannot_see_the_cls_it_predicts():
+    student, z_t = make_student(*FLAGS, "--memory", "patches"), torch.randn(B, N + 1, D)
     other = z_t.clone()
     other[:, 0] += 5
     a, b = student.describe(z_t, attention=True), student.describe(other, attention=True)
     assert all(torch.equal(a[i], b[i]) for i in range(len(a)))
     other[:, 3] += 5                                                        # a patch
     assert not close(student.describe(other).cls_pred, a.cls_pred, 1e-2)
+    student, other = make_student(*FLAGS), z_t.clone()                      # of all tokens it can
+    other[:, 0] += 5
+    a, b = student.describe(z_t, attention=True), student.describe(other, attention=True)
+    assert not close(a.cls_pred, b.cls_pred, 1e-2) and a.attention.shape == b.attention.shape
 
 
 @pytest.mark.parametrize("disc", list(discretize.DISCRETIZERS))
