@@ -23,6 +23,7 @@ import torch
 
 from checkpoint import load_model, write_json
 from data import GALLERY, evaluation_problem, image_count, load, normalize
+from flags import HelpFormatter
 from precision import NAMES, autocast, resolve
 from progress import Progress
 from scoring import KS, code_figures, knn_accuracy, knn_hits, linear_probe, pack
@@ -258,7 +259,7 @@ def print_table(results):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, help="RUN/ckpt.pt, written by train.py")
     add("--data", default=argparse.SUPPRESS,

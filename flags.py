@@ -1,9 +1,10 @@
 """Every flag of train.py: what it does, in which unit, and when to change it.
 
     python train.py --help
+    python train.py --recipe paper --size paper --help      # with the defaults of these
 
-Defaults are here, except tau's (discretize.py) and what a recipe (its student's `defaults`) or a
---size changes.
+A default is here, once, except what a recipe changes (its student's `defaults`), the flags that
+only `stable` has (stable.py) and the temperatures, which each discretizer has (discretize.py).
 """
 import argparse
 from pathlib import Path
@@ -16,16 +17,25 @@ import discretize
 import distributed
 import precision
 
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Ends the help of each flag that has a default with it."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 # What a data set, and after it a size, changes in the flags' defaults.
 DATA = {"scenes": dict(image_size=48)}
 
 SIZES = {
     "small": {},
-    "cifar10": dict(data="cifar10", teacher="cifar10", train_images=None, test_images=None,
+    "cifar10": dict(data="cifar10", teacher="cifar10", train_images="all", test_images="all",
                     vocab=256, descriptor="4x4", interpreter="4x4", batch_size=256, epochs=3,
                     iterations=1),
-    "paper": dict(data="cifar10", teacher="dino_vitb16", image_size=224, train_images=None,
-                  test_images=None, vocab=512, descriptor="6x8", interpreter="12x6", hidden=2048,
+    "paper": dict(data="cifar10", teacher="dino_vitb16", image_size=224, train_images="all",
+                  test_images="all", vocab=512, descriptor="6x8", interpreter="12x6", hidden=2048,
                   prototypes=8192, batch_size=64, epochs=140, lr=5e-4,
                   weight_decay=[0.04, 0.4], knn_every=5),
 }
@@ -76,17 +86,23 @@ def network_flags(add):
              "2048, 256)")
 
 
+def per_discretizer(name):
+    """A class attribute of the discretizers, for help texts: "softmax 0.12, gumbel 0.5, ..."."""
+    return ", ".join(f"{key} {getattr(cls, name)}" for key, cls in discretize.DISCRETIZERS.items())
+
+
 def discretizer_flags(add):
     add("--disc", choices=list(discretize.DISCRETIZERS), default="softmax",
         help="softmax (no noise), gumbel (explores by sampling) or vq (nearest code)")
     add("--vocab", type=int, default=128,
         help="symbols K; an image is T log2(K) bits. Raise when nearly all are in use")
     add("--tau", type=float,
-        help="temperature at the end; not given: softmax 0.12, gumbel 0.5, vq 1. Lower: closer to "
-             "one symbol, gradients vanish. vq: scales the logits of exploration terms only")
+        help="temperature at the end. Lower: closer to one symbol, gradients vanish. vq: scales "
+             f"the logits of exploration terms only (default: {per_discretizer('default_tau')})")
     add("--tau-start", type=float,
-        help="temperature at step 0, annealed exponentially to --tau; not given: --tau, and where "
-             "that is not given either 2 for gumbel. Raise when few symbols survive the start")
+        help="temperature at step 0, annealed exponentially to --tau. Raise when few symbols "
+             "survive the start (default: --tau where that is given, otherwise "
+             f"{per_discretizer('default_tau_start')})")
     add("--straight-through", action=argparse.BooleanOptionalAction, default=False,
         help="one-hot forward, soft gradient; no: soft assignments in training, as in the paper, "
              "whose soft figures exceed hard ones")
@@ -123,7 +139,7 @@ def optimizer_flags(add):
 
 def run_flags(add):
     add("--out", type=Path, default=None,
-        help="run directory; default runs/DATA-RECIPE-DISC-VOCAB-sSEED, with -2, -3 if taken")
+        help="run directory (default: runs/DATA-RECIPE-DISC-VOCAB-sSEED, with -2, -3 if taken)")
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt, to the bit on a CPU")
     add("--seed", type=int, default=0, help="of weights, order, views and drawn images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -136,9 +152,10 @@ def run_flags(add):
 
 
 def parse(argv=None, description=__doc__):
-    """The words of a command (sys.argv's) -> the flags' values; exits with a usage line."""
-    p = argparse.ArgumentParser(description=description,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The arguments of a command (None: sys.argv's) -> the flags' values, an argparse.Namespace.
+    Exits with a usage line."""
+    p = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter,
+                                add_help=False)
     p.add_argument("--recipe", choices=checkpoint.STUDENTS, default="stable",   # or "paper"
                    help="paper: the published method, with README's list of differences; stable: "
                         "what keeps the symbols from collapsing (stable.py)")
@@ -153,7 +170,9 @@ def parse(argv=None, description=__doc__):
     run_flags(p.add_argument_group("run").add_argument)
     for name, student in checkpoint.STUDENTS.items():
         student.add_flags(p.add_argument_group(f"only with --recipe {name}").add_argument)
-    first = p.parse_known_args(argv)[0]
+    first = p.parse_known_args(argv)[0]             # before --help, which prints the defaults
+    p.add_argument("-h", "--help", action="help", help="print this, with the defaults of the "
+                   "--recipe, --size and --data of the same command")
     p.set_defaults(**checkpoint.STUDENTS[first.recipe].defaults | DATA.get(first.data, {})
                    | SIZES[first.size])
     return p.parse_args(argv)

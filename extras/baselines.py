@@ -28,6 +28,7 @@ import torch
 import checkpoint
 import data
 import evaluate
+import flags
 import precision
 import stable
 import teachers
@@ -155,7 +156,7 @@ def run(args):
 def parse(argv=None):
     """The flags. With --checkpoint, the defaults of those that the run has too are the run's."""
     p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=flags.HelpFormatter)
     add_flags(p.add_argument)
     add = p.add_argument
     add("--vocab", type=int, default=128, help="K, centroids of each stage")

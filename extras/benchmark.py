@@ -270,12 +270,12 @@ def print_table(result):
 def parse(argv=None):
     """-> (the flags of this script, those of train.py)."""
     p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=flags.HelpFormatter)
     add = p.add_argument
     add("--size", choices=flags.SIZES, default="small",
         help="as in train.py; paper: with an untrained teacher, and on a CPU with --batch-size 8")
     add("--steps", type=int, default=5, help="of each version; more where results differ much")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--precision", choices=precision.NAMES, default="auto", help="as in train.py")
     add("--json", type=Path, help="also write the figures there")
     own, rest = p.parse_known_args(argv)

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import flags
 import hubconf
 from extras import codes
 from folder import EXTENSIONS, read_image, try_read
@@ -208,7 +209,7 @@ def run(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m extras.describe", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=flags.HelpFormatter)
     add = parser.add_argument
     add("checkpoint", nargs="?", help="RUN/ckpt.pt; with --statistics only for its vocabulary")
     add("folder", nargs="?", type=Path, metavar="FOLDER", help="images, at any depth")

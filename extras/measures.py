@@ -24,6 +24,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import flags
 from extras import objects
 from progress import Progress
 
@@ -370,7 +371,7 @@ def run(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m extras.measures", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=flags.HelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, help="RUN/ckpt.pt, written by train.py")
     add("--data", help="another data set than the run's, to see if its code transfers")

@@ -26,6 +26,7 @@ from PIL import Image
 
 import checkpoint
 import data
+import flags
 import visualize
 from extras import codes
 from progress import Progress
@@ -309,7 +310,7 @@ def run(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m extras.page", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=flags.HelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, help="RUN/ckpt.pt; RUN/metrics.jsonl gives the curves")
     add("-o", "--out", type=Path, default="page.html", help="the page's file")

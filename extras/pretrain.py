@@ -28,6 +28,7 @@ import checkpoint
 import data
 import distributed
 import evaluate
+import flags
 import losses
 import precision
 import scoring
@@ -86,20 +87,20 @@ def loss_flags(add):
     add("--teacher-temp", type=float, default=0.02, help="lower it when the loss stays at ln P")
     add("--momentum", type=float, default=0.99,
         help="of the teacher's EMA, to 1 by a cosine; long runs: 0.996")
-    add("--epochs", type=int, default=5)
+    add("--epochs", type=int, default=5, help="passes over the training images")
     add("--stop", type=float,
         help="end after this many of --epochs, whose schedule it stays; --resume continues")
     add("--lr", type=float, default=1e-3, help="peak, whatever the batch size")
     add("--warmup", type=int, default=200, help="steps")
-    add("--weight-decay", type=float, default=0.04)
+    add("--weight-decay", type=float, default=0.04, help="of matrices; none of vectors")
 
 
 def run_flags(add):
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("runs/teacher"))
+    add("--seed", type=int, default=0, help="of weights, order and crops")
+    add("--out", type=Path, default=Path("runs/teacher"), help="run directory")
     add("--resume", action="store_true",
         help="continue from OUT/ckpt.pt, to the bit on a CPU, in the precision of the run")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--precision", choices=precision.NAMES, default="auto", help="as in train.py")
     add("--every", type=int, default=50,
         help="steps between lines of the log, with k-NN, and checkpoints")
@@ -107,7 +108,7 @@ def run_flags(add):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=flags.HelpFormatter)
     data_flags(p.add_argument_group("data").add_argument)
     network_flags(p.add_argument_group("network").add_argument)
     loss_flags(p.add_argument_group("loss and optimisation").add_argument)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import evaluate
+import flags
 import precision
 import scoring
 import teachers
@@ -152,7 +153,7 @@ def run(args):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=flags.HelpFormatter)
     add = p.add_argument
     add("teacher", help="a name in weights/ or a file of extras.pretrain")
     add("--data", default="shapes", help="as in train.py")

@@ -23,6 +23,7 @@ from torch import nn
 import checkpoint
 import data
 import evaluate
+import flags
 import losses
 import precision
 import teachers
@@ -182,7 +183,7 @@ def run(args):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(prog="python -m extras.slots", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=flags.HelpFormatter)
     add = p.add_argument
     add("--method", choices=["slots", "kmeans"], default="slots")
     add("--teacher", default="shapes", help="as in train.py")

@@ -102,17 +102,17 @@ class VQVAE(nn.Module):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=flags.HelpFormatter)
     baselines.add_flags(p.add_argument)
     flags.discretizer_flags(p.add_argument)
     p.set_defaults(disc="vq")
     add = p.add_argument_group("VQ-VAE").add_argument
     add("--width", type=int, default=64,
         help="channels; more reconstruct better, in time that grows as the square")
-    add("--epochs", type=int, default=10)
+    add("--epochs", type=int, default=10, help="passes over the training images")
     add("--batch-size", type=int, default=64, help="images per step")
     add("--lr", type=float, default=2e-3, help="peak, after 5 %% of the steps; to 0 by a cosine")
-    add("--out", type=Path, help="run directory; default runs/DATA-vqvae-VOCAB-sSEED")
+    add("--out", type=Path, help="run directory (default: runs/DATA-vqvae-VOCAB-sSEED)")
     return p.parse_args(argv)
 
 

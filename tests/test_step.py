@@ -329,6 +329,8 @@ def test_sizes_are_flags_and_flags_win(size, recipe):
     assert flags.SIZES[size].keys() <= default.keys()
     pairs = {"descriptor": (4, 4), "interpreter": (4, 4)} if size == "cifar10" else (
         {"descriptor": (6, 8), "interpreter": (12, 6)} if size == "paper" else {})
+    if size != "small":
+        pairs |= {"train_images": None, "test_images": None}                    # all
     expected = default | flags.SIZES[size] | pairs | {"size": size, "recipe": recipe}
     assert vars(args) == expected
     assert flags.parse(["--vocab", "77", "--size", size, "--lr", "7"]).vocab == 77
