@@ -13,7 +13,7 @@
 | MoCo v3 | that and `base_encoder.` | bicubic, as MAE; its own code takes one size only |
 | timm | that and `reg_token` or `ls1` without `mask_token` | antialiased, as theirs |
 | Hugging Face | `embeddings.cls_token` | bicubic; with registers: antialiased, as theirs |
-| torchvision, train.py, weights/ | `class_token` | bicubic, or as train.py stored it |
+| torchvision, train.py, weights/ | `class_token` | bicubic (its own aligns corners), or as stored |
 
 A file with DINO's names alone is taken for DINO's, unless timm's config.json lies beside it. It may
 be timm's vit_*_dino or MAE's encoder without its decoder, which differ at other sizes only, or
