@@ -24,6 +24,7 @@ import distributed
 import scenes
 import shapes
 from folder import ImageFiles, image_size, list_folder, read_image  # noqa: F401
+from progress import counted
 
 # ImageNet statistics, because the official DINO weights expect them; our own teachers use the same.
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -205,7 +206,7 @@ def load_folder(path, split, size, limit, seed, storage):
     if fits_in_memory(f"folder:{root}", len(files), files.side, storage):
         images = torch.empty(len(files), 3, files.side, files.side, dtype=torch.uint8)
         parts = torch.arange(len(files)).split(128)
-        for part, pixels in zip(parts, files.batches(parts)):
+        for part, pixels in zip(counted("reading images", len(files), parts), files.batches(parts)):
             images[part] = pixels
     return ImageSet(images, labels, classes, files=files)
 

@@ -25,7 +25,7 @@ from checkpoint import load_model, write_json
 from data import GALLERY, evaluation_problem, image_count, load, normalize
 from flags import HelpFormatter
 from precision import NAMES, autocast, resolve
-from progress import Progress
+from progress import counted
 from scoring import KS, code_figures, knn_accuracy, knn_hits, linear_probe, pack
 
 # ---- a data set through teacher and student --------------------------------------------------
@@ -75,18 +75,15 @@ def encode(student, teacher, image_set, size, precision="auto", batch_size=256, 
         batches = teacher_tokens(teacher, image_set, index_batches, size, device, precision)
     else:
         batches = (tokens(index).to(device).float() for index in index_batches)
-    with Progress("encoding, images", n) as progress:
-        for index, z_t in zip(index_batches, batches):
-            batch = encode_batch(student, z_t, precision, soft)
-            if soft and not out and torch.equal(batch["soft"], batch["z"]):
-                del batch["soft"]                           # straight-through, vq: nothing is soft
-                soft = False
-            for name, x in batch.items():                               # (..., b, width)
-                if name not in out:
-                    shape = (*x.shape[:-2], n, x.shape[-1])
-                    out[name] = torch.empty(shape, dtype=x.dtype)
-                out[name][..., index, :] = x.cpu()
-            progress.update(len(index))
+    for index, z_t in zip(counted("encoding, images", n, index_batches), batches):
+        batch = encode_batch(student, z_t, precision, soft)
+        if soft and not out and torch.equal(batch["soft"], batch["z"]):
+            del batch["soft"]                               # straight-through, vq: nothing is soft
+            soft = False
+        for name, x in batch.items():                                   # (..., b, width)
+            if name not in out:
+                out[name] = torch.empty(*x.shape[:-2], n, x.shape[-1], dtype=x.dtype)
+            out[name][..., index, :] = x.cpu()
     for z, length in zip(out["z"], student.lengths):
         z.copy_(one_feature_per_code(z, out["ids"][:, :length]))
     return out

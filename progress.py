@@ -2,6 +2,8 @@
 
     with Progress("linear probe", total=5) as progress:
         progress.update()                           # one of the five is done
+    for batch in counted("encoding, images", 1000, batches):
+        ...                                         # of the 1000, len(batch) are done
 
 prints what is being done, how far it is and how long it will still take. On a terminal one line is
 rewritten; into a file or a pipe go whole lines, flushed, at most one in ten seconds.
@@ -52,3 +54,11 @@ class Progress:
     def __exit__(self, *error):
         if self.shown and sys.stdout.isatty():
             print("\r\033[K", end="", flush=True)           # the stage is over: its line goes
+
+
+def counted(what, total, batches):
+    """The same batches, with the progress of the loop over them; `total` counts their items."""
+    with Progress(what, total) as progress:
+        for batch in batches:
+            yield batch
+            progress.update(len(batch))

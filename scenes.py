@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import shapes
+from progress import counted
 
 FACTORS = shapes.FACTORS                # the same words; column and row: the third of the canvas
 SIDE, OBJECTS = 48, 4                   # pixels; at most this many objects
@@ -86,7 +87,8 @@ def load(split, limit=None, seed=0):
     """The first `limit` (default: COUNTS) scenes of split train or test, as `draw_scenes` returns
     them. The splits are different streams of the generator."""
     n, stream = limit or COUNTS[split], 2 * seed + (split == "test")
-    parts = [draw_scenes(range(i, min(i + 500, n)), stream) for i in range(0, n, 500)]
+    chunks = [range(i, min(i + 500, n)) for i in range(0, n, 500)]
+    parts = [draw_scenes(chunk, stream) for chunk in counted("drawing scenes", n, chunks)]
     images, factors, masks = zip(*parts)
     return (torch.cat(images), {name: torch.cat([f[name] for f in factors]) for name in FACTORS},
             torch.cat(masks))

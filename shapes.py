@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from progress import counted
+
 FACTORS = {
     "shape": ["disc", "ring", "square", "triangle", "star", "cross", "crescent", "heart",
               "hourglass", "bars"],
@@ -144,7 +146,8 @@ def load(split, limit=None, seed=0):
     """The first `limit` (default: COUNTS) images of split train or test, as `draw_shapes` returns
     them. The splits are different streams of the generator."""
     n, stream = limit or COUNTS[split], 2 * seed + (split == "test")
-    parts = [draw_shapes(range(i, min(i + 2000, n)), stream) for i in range(0, n, 2000)]
+    chunks = [range(i, min(i + 2000, n)) for i in range(0, n, 2000)]
+    parts = [draw_shapes(chunk, stream) for chunk in counted("drawing images", n, chunks)]
     images, factors, masks = zip(*parts)
     return (torch.cat(images), {name: torch.cat([f[name] for f in factors]) for name in FACTORS},
             torch.cat(masks))

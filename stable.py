@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import discretize
 from model import Descriptor, Sequence, Student
-from progress import Progress
+from progress import Progress, counted
 
 CLS_PRED_WEIGHT = 4         # of cls_pred's error, times --regression: all symbols depend on it
 KMEANS_ITERATIONS = 25
@@ -37,18 +37,20 @@ WITHIN_RIDGE, RCA_RIDGE = 0.01, 0.1     # of the two whitenings
 
 # ---- what is fitted before the first step --------------------------------------------------------
 
-def kmeans(x, count, iterations=KMEANS_ITERATIONS):
+def kmeans(x, count, iterations=KMEANS_ITERATIONS, what="k-means"):
     """x (n, d) -> (count, d) centroids: Lloyd's algorithm from random rows; an empty one stays.
-    Raises ValueError for fewer rows than centroids."""
+    what: begins the line of progress. Raises ValueError for fewer rows than centroids."""
     if len(x) < count:
         raise ValueError(f"k-means of {len(x)} images cannot have {count} centroids; lower --vocab "
                          "or --prototypes, or take more images")
     centroids = x[torch.randperm(len(x))[:count].to(x.device)]
-    for _ in range(iterations):
-        nearest = nearest_centroid(x, centroids)                            # (n,)
-        size = nearest.bincount(minlength=count)[:, None]
-        total = torch.zeros_like(centroids).index_add_(0, nearest, x)
-        centroids = torch.where(size > 0, total / size.clamp(min=1), centroids)
+    with Progress(f"{what}, iteration", iterations) as progress:
+        for _ in range(iterations):
+            nearest = nearest_centroid(x, centroids)                        # (n,)
+            size = nearest.bincount(minlength=count)[:, None]
+            total = torch.zeros_like(centroids).index_add_(0, nearest, x)
+            centroids = torch.where(size > 0, total / size.clamp(min=1), centroids)
+            progress.update()
     return centroids
 
 
@@ -60,8 +62,8 @@ def nearest_centroid(x, centroids):
 
 def neighbour_means(y, neighbours, rows):
     """y (n, d) -> for its first `rows`: the mean of the k nearest other rows of y, (rows, d)."""
-    nearest = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices
-               for part in y[:rows].split(500))
+    parts = counted("nearest neighbours, images", len(y[:rows]), y[:rows].split(500))
+    nearest = (torch.cdist(part, y).topk(neighbours + 1, largest=False).indices for part in parts)
     return torch.cat([y[i[:, 1:]].mean(1) for i in nearest])        # without the row itself
 
 
@@ -109,7 +111,7 @@ class KMeansPrototypes(nn.Module):
     @torch.no_grad()
     def fit(self, cls):
         """cls (n, d), n at least P."""
-        centroids = kmeans(cls, len(self.centroids), iterations=10)
+        centroids = kmeans(cls, len(self.centroids), 10, "k-means of the prototypes")
         self.centroids.copy_(centroids / centroids.square().sum(1).mean().clamp(min=1e-6))
 
     def forward(self, z):
@@ -262,7 +264,8 @@ class StableStudent(Student):
         of the CLS tokens."""
         residual, directions = y, 0
         for t, disc in enumerate(self.disc):
-            centroids = kmeans(residual, disc.vocab)
+            centroids = kmeans(residual, disc.vocab,
+                               what=f"k-means of codebook {t + 1} of {len(self.disc)}")
             if t:
                 centroids = match_codewords(directions, centroids)
             directions = directions + F.normalize(centroids, dim=1)

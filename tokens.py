@@ -10,7 +10,7 @@ import torch
 import data
 import distributed
 import precision
-from progress import Progress
+from progress import counted
 
 
 class TrainingTokens:
@@ -45,13 +45,12 @@ class TrainingTokens:
         cache = torch.empty(shape, dtype=torch.float16)
         batches = torch.arange(len(images)).split(args.batch_size)
         gpus = [args.device] if "cuda" in args.device else []
-        with (torch.random.fork_rng(gpus),
-              Progress("teacher's tokens, images", len(images)) as progress):
+        with torch.random.fork_rng(gpus):
             torch.manual_seed(args.seed)
-            for index, x in zip(batches, images.batches(batches)):
+            indices = counted("teacher's tokens, images", len(images), batches)
+            for index, x in zip(indices, images.batches(batches)):
                 for view in range(args.cache_views):
                     cache[index, view] = self.encode(x, min(view, 1)).half().cpu()
-                progress.update(len(index))
         return cache
 
     def first(self, n, augmented=False):
@@ -61,11 +60,9 @@ class TrainingTokens:
         if self.cache is not None and not augmented:
             yield from (self.cache[index, 0].to(self.args.device).float() for index in batches)
             return
-        with Progress("teacher's tokens for the statistics, images",
-                      sum(map(len, batches))) as progress:
-            for x in self.images.batches(batches):
-                yield self.encode(x, int(augmented)).float()
-                progress.update(len(x))
+        for x in counted("teacher's tokens for the statistics, images", sum(map(len, batches)),
+                         self.images.batches(batches)):
+            yield self.encode(x, int(augmented)).float()
 
     @torch.no_grad()
     def gallery(self, held_out):
@@ -75,8 +72,9 @@ class TrainingTokens:
         n = len(self.images)
         if self.cache is None or n + len(held_out) > data.GALLERY:
             return None
-        batches = torch.arange(len(held_out)).split(self.args.batch_size)
-        others = torch.cat([self.encode(x, 0).half().cpu() for x in held_out.batches(batches)])
+        batches = counted("teacher's tokens of held-out images", len(held_out), held_out.batches(
+            torch.arange(len(held_out)).split(self.args.batch_size)))
+        others = torch.cat([self.encode(x, 0).half().cpu() for x in batches])
         rows = torch.cat(data.held_out_indices(n + len(others), self.args.seed)).argsort()
 
         def z_t(indices):

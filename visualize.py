@@ -21,6 +21,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import checkpoint
 import data
+from progress import counted
 
 WIDTH, MARGIN, GAP = 1400, 24, 8        # pixels: the widest figure, its border, between images
 CELL, CHIP, COLUMNS = 112, 22, 8        # an image's side, a chip's height, images in a line
@@ -194,7 +195,8 @@ def figure5(teacher, student, image_set, folder, symbol=None, count=24, size=Non
     same way in all of them holds only as well as they could be matched.
     -> FOLDER/figure5_symbol<ID>.png. Raises ValueError if no image has the symbol.
     """
-    batches = image_set.batches(torch.arange(len(image_set)).split(128))
+    batches = counted("images described", len(image_set),
+                      image_set.batches(torch.arange(len(image_set)).split(128)))
     ids, maps = symbols_and_maps(teacher, student, batches, size)
     best = specific_symbol(ids, image_set.labels)
     why = "given by --symbol" if symbol is not None else "chosen as " + SPECIFIC

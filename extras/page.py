@@ -29,7 +29,7 @@ import data
 import flags
 import visualize
 from extras import codes
-from progress import Progress
+from progress import counted
 from shapes import FACTORS
 
 BATCH = 128                         # images at a time
@@ -281,14 +281,6 @@ def build(code, run, source, metrics=None, symbols=64):
         groups=GROUPS)
 
 
-def counted(batches, total):
-    """The same batches, with the progress of the loop over them printed."""
-    with Progress("images described", total) as progress:
-        for batch in batches:
-            yield batch
-            progress.update(len(batch))
-
-
 def run(args):
     if args.images < 1 or args.symbols < 0:
         raise ValueError("--images must be at least 1, --symbols at least 0")
@@ -299,7 +291,8 @@ def run(args):
     metrics = visualize.read_metrics(folder) if (folder / "metrics.jsonl").exists() else None
     source = args.data or config["data"]
     image_set = data.load(source, args.split, size, args.images, config["seed"])
-    batches = counted(image_set.batches(torch.arange(len(image_set)).split(BATCH)), len(image_set))
+    batches = counted("images described", len(image_set),
+                      image_set.batches(torch.arange(len(image_set)).split(BATCH)))
     ids, attention = visualize.symbols_and_maps(teacher, student, batches, size)
     html = build(Codes(ids, attention, image_set, config["vocab"]), folder.resolve().name,
                  f"{args.split} images of {Path(source).name}", metrics, args.symbols)

@@ -29,20 +29,17 @@ import precision
 import scoring
 import teachers
 from extras.objects import object_cover
-from progress import Progress
+from progress import Progress, counted
 
 
 @torch.no_grad()
 def features(teacher, images, args, select=lambda z_t: z_t[:, 0], batch_size=250):
     """An ImageSet of n images -> what `select` takes of their tokens z_t (B, N+1, d), for all
     (n, ...), float32 in main memory; by default the CLS. args: image_size, device, precision."""
-    out, index_batches = [], torch.arange(len(images)).split(batch_size)
-    with Progress("teacher's tokens, images", len(images)) as progress:
-        for z_t in evaluate.teacher_tokens(teacher, images, index_batches, args.image_size,
-                                           args.device, args.precision):
-            out.append(select(z_t).float().cpu())
-            progress.update(len(z_t))
-    return torch.cat(out)
+    batches = evaluate.teacher_tokens(teacher, images, torch.arange(len(images)).split(batch_size),
+                                      args.image_size, args.device, args.precision)
+    return torch.cat([select(z_t).float().cpu()
+                      for z_t in counted("teacher's tokens, images", len(images), batches)])
 
 
 def check_folder(path):

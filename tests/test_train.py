@@ -20,6 +20,8 @@ import checkpoint
 import data
 import evaluate
 import flags
+import progress
+import scoring
 import train
 from conftest import RECIPES, ROOT
 
@@ -359,30 +361,60 @@ def test_one_line_names_the_default_recipe():
 
 # ---- output --------------------------------------------------------------------------------------
 
-def cpu_seconds(process):
-    """That it has used; on a machine without /proc the clock's."""
+def seconds_waited(process):
+    """How long it was ready to run while others had the processors; 0 where the system does not
+    say, as Linux does."""
     try:
-        text = Path(f"/proc/{process.pid}/stat").read_text()
+        return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[1]) / 1e9
     except FileNotFoundError:
-        return time.monotonic()
-    user, system = text.rsplit(")", 1)[1].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return 0.0
 
 
-def test_the_command_prints_at_once_and_is_never_silent_for_long(tmp_path):
-    """The shipped teacher, 400 images, networks of one block, into a pipe. Pauses are counted in
-    seconds of the processor, because others may keep it busy."""
-    words = """--train-images 400 --test-images 100 --vocab 16 --prototypes 32 --hidden 64
-        --descriptor 1x2 --interpreter 1x2 --epochs 1 --device cpu --precision float32"""
-    start, times, lines = time.monotonic(), [0.0], []
-    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words.split(),
-                           "--out", str(tmp_path / "run")], text=True, stdout=subprocess.PIPE,
+def outputs(words, terminal):
+    """`python train.py WORDS` on a pseudo-terminal or into a pipe -> (all text, the pauses before
+    each output). A pause is the wall clock's time less `seconds_waited`, because a busy machine
+    says nothing about the code."""
+    (read, write), text, pauses = os.openpty() if terminal else os.pipe(), b"", []
+    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], stdout=write,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-        for line in process.stdout:
-            first = time.monotonic() - start if not lines else first
-            times.append(cpu_seconds(process))
-            lines.append(line)
-    assert process.returncode == 0 and lines[0] == "loading PyTorch ...\n"
-    pauses = [b - a for a, b in zip(times, times[1:])]
-    assert first < 5 and max(pauses) < 15, list(zip(pauses, lines))
-    assert lines[-1].startswith("finished in ")
+        os.close(write)
+        last, chunk = time.monotonic(), b"-"
+        while chunk:
+            try:
+                chunk = os.read(read, 2**16)
+            except OSError:                                 # how the end of a terminal is told
+                chunk = b""
+            now, text = time.monotonic() - seconds_waited(process), text + chunk
+            pauses.append(now - last)
+            last = now
+    os.close(read)
+    assert process.returncode == 0
+    return text.decode().replace("\r\n", "\n"), pauses
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_the_command_prints_at_once_and_is_never_silent_for_long(tiny, terminal):
+    text, pauses = outputs(tiny("--epochs", "1"), terminal)
+    assert text.startswith("loading PyTorch ...\n")
+    assert ("\r\033[K" in text) == terminal
+    assert text.splitlines()[-1].startswith("finished in ")
+    assert pauses[0] < 5 and max(pauses) < 15, (pauses, text)
+
+
+STAGES = {"drawing images", "teacher's tokens, images", "training, step", "encoding, images",
+          "teacher's tokens for the statistics, images", "nearest neighbours, images",
+          "k-means of the prototypes, iteration", "teacher's tokens of held-out images",
+          *(f"k-means of codebook {t} of 8, iteration" for t in range(1, 9)), "k-NN, queries",
+          *(f"linear probe, weight decay {l2:g}, step" for l2 in scoring.L2_GRID)}
+
+
+def test_each_stage_that_grows_with_the_data_has_its_progress(tiny, monkeypatch, capsys):
+    """At the default size each takes longer than five seconds on some machine, and a batch, chunk
+    or iteration of it less. Here all outputs are shown that may be."""
+    monkeypatch.setattr(progress, "FILE_SECONDS", 0)
+    run(tiny("--epochs", "1", "--knn-every", "1", "--neighbours", "2"))
+    lines = re.findall(r"(.*): (\d+)/(\d+)", capsys.readouterr().out)
+    assert {what for what, _, _ in lines} == STAGES
+    for stage in STAGES - {what for what in STAGES if "probe" in what}:     # it may converge early
+        done = [(int(n), int(total)) for what, n, total in lines if what == stage]
+        assert done[0][0] == 0 and done[-1][0] == done[-1][1] > 0, stage
