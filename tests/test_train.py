@@ -362,8 +362,7 @@ def test_one_line_names_the_default_recipe():
 # ---- output --------------------------------------------------------------------------------------
 
 def seconds_waited(process):
-    """How long it was ready to run while others had the processors; 0 where the system does not
-    say, as Linux does."""
+    """How long it was ready to run while others had the processors (Linux; elsewhere 0)."""
     try:
         return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[1]) / 1e9
     except FileNotFoundError:
@@ -372,8 +371,8 @@ def seconds_waited(process):
 
 def outputs(words, terminal):
     """`python train.py WORDS` on a pseudo-terminal or into a pipe -> (all text, the pauses before
-    each output). A pause is the wall clock's time less `seconds_waited`, because a busy machine
-    says nothing about the code."""
+    each output). A pause is the wall clock's time less `seconds_waited`, which depends on what
+    else the machine does."""
     (read, write), text, pauses = os.openpty() if terminal else os.pipe(), b"", []
     with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], stdout=write,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
@@ -382,7 +381,7 @@ def outputs(words, terminal):
         while chunk:
             try:
                 chunk = os.read(read, 2**16)
-            except OSError:                                 # how the end of a terminal is told
+            except OSError:                                 # the end of a pseudo-terminal
                 chunk = b""
             now, text = time.monotonic() - seconds_waited(process), text + chunk
             pauses.append(now - last)
