@@ -360,7 +360,7 @@ class Augment:
 
 
 # Which augmentations a data set uses. `shapes` keeps position (no flip, large crops) and hides the
-# exact tint and brightness, which would otherwise be the cheapest thing for two views to agree on.
+# exact tint and brightness, because two views could agree on them alone (our choice).
 AUGMENT = {
     "shapes": Augment(crop=(0.7, 1.0), flip=0, jitter=1, strength=(0.4, 0.4, 0.8, 0.5), grey=0,
                       blur=0, solarise=0),
@@ -369,7 +369,7 @@ AUGMENT = {
     "scenes": Augment(crop=(0.5, 1.0), jitter=1, strength=(0.4, 0.4, 0.8, 0.08), grey=0, blur=0,
                       solarise=0),
     "photographs": Augment(),
-    # Our choice: at 32 px there is no detail to blur away, and solarised cats help nobody
+    # Our choice, because photographs of 32 pixels have no detail that blur could remove
     "small photographs": Augment(crop=(0.25, 1.0), blur=0, solarise=0),
 }
 

@@ -9,7 +9,8 @@
     python train.py --disc vq --vocab 256
 
 To add one, write a class and its entry in DISCRETIZERS (README: "Add a discretizer").
-B: images times views, d: width, K: vocabulary; (3.2) is the paper's section.
+h (B, d): the decoder's output at one position, for B images times views of width d; K: vocabulary.
+The paper's s_s is W h for softmax and gumbel, and h for vq. (3.2) is its section.
 """
 import math
 from argparse import Namespace

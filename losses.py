@@ -3,8 +3,8 @@
     L = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j))                          (paper, section 3.3)
 
 i counts the V views, j the D granularities (prefixes of 1, 2, 4, 8 symbols), H is the cross-entropy
-of the teacher's sharpened, centered softmax with the student's softmax. extras/pretrain.py uses the
-same functions with one granularity to make a teacher.
+of the teacher's sharpened, centered softmax with the student's softmax. extras/pretrain.py makes a
+teacher with the same `dino_loss`.
 
     python losses.py                        # the loss of a toy batch, term by term
 """
@@ -67,7 +67,6 @@ def ema_update(target, source, momentum):
 
 def view_targets(p_t, views, pairing):
     """The target of each student view: (V, B, P) -> (views, B, P).
-
     same (or V = 1): the target of view i is that of view i, as in the paper's formula.
     cross: it is the mean of those of every *other* view, as in DINO. H(p, q) is linear in p, so the
            mean of the cross-entropies is the cross-entropy with the mean target. Student views
@@ -98,8 +97,8 @@ def granular_dino_loss(prefix_losses, lam):
 
 @torch.no_grad()
 def joint_kl(p_t, logits, temperature, pairing):
-    """KL(p_t, p_s) of the first view in nats, with the paper's joint distribution p_s = sum_n
-    p_s^(n), normalised (section 3.2). For the log: nothing is trained on it."""
+    """KL(p_t, p_s) of the first view in nats, a scalar, with the paper's joint distribution p_s =
+    sum_n p_s^(n), normalised (section 3.2). p_t (V, B, P), logits (D, V, B, P). For the log."""
     target = view_targets(p_t, logits.shape[1], pairing)[0]                       # (B, P)
     joint = (logits[:, 0].float() / temperature).softmax(-1).mean(0)
     return (target * (target.clamp(min=1e-12) / joint.clamp(min=1e-12)).log()).sum(-1).mean()
@@ -108,25 +107,25 @@ def joint_kl(p_t, logits, temperature, pairing):
 # ---- exploration terms (section 3.4) -------------------------------------------------------------
 
 def entropy(p, dim=-1):
-    """Shannon entropy in nats."""
+    """p (..., C), of sum 1 along `dim` -> its Shannon entropy in nats, 0 to ln C, (...)."""
     return -(p * p.clamp(min=1e-12).log()).sum(dim)
 
 
 def symbol_entropy(logits):
-    """H(p): mean entropy, in nats, of the predicted symbols softmax(logits), logits (B, T, K)."""
+    """H(p): mean entropy, in nats, of softmax(logits), the predicted symbols; logits (B, T, K)."""
     return entropy(F.softmax(logits.float(), dim=-1)).mean()
 
 
 def sequence_information(weights):
-    """I(s): entropy of the symbols within one sequence, mean over images; weights (B, T, K).
-
+    """I(s): entropy, in nats, of the symbols of one sequence, mean over images; weights (B, T, K).
     For one-hot weights 0 when a sequence repeats one symbol, ln T when all T differ (our choice:
     the paper only states that repeats lower it). Soft weights can reach ln K by blurring."""
     return entropy(weights.mean(1)).mean()
 
 
 def exploration_loss(sequence, explore, alpha, beta):
-    """For a model.Sequence: entropy -alpha H(p); info -beta I(s); combined both; otherwise 0."""
+    """-alpha H(p) for explore = "entropy", -beta I(s) for "info", both for "combined", otherwise 0:
+    a scalar in nats, of a model.Sequence."""
     loss = sequence.logits.new_zeros(())
     if explore in ("entropy", "combined"):
         loss = loss - alpha * symbol_entropy(sequence.logits)
@@ -138,7 +137,7 @@ def exploration_loss(sequence, explore, alpha, beta):
 # ---- schedules and the optimizer -----------------------------------------------------------------
 
 def cosine(start, end, progress):
-    """From start to end along half a cosine; progress in [0, 1]."""
+    """A number from start to end along half a cosine; progress: share of the run, in [0, 1]."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 

@@ -1,7 +1,7 @@
 """The networks, in the order in which an image goes through them (paper, section 3.1, Figure 2).
 
-    x --E_T--> z_t --D_S--> s --discretizer--> symbols --E_S--> z_s --P_S--> p_s
-    image      tokens       decoder            1 ... T          encoder      prototypes
+    x --E_T--> z_t --D_S--> s_s --discretizer--> s_q --E_S--> z_s --P_S--> p_s
+    image      tokens       logits               T symbols    prefixes     prototypes
 
     python model.py                         # the shapes of one batch on this way
 
@@ -37,7 +37,7 @@ class DINOHead(nn.Module):
                                  nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         for p in self.parameters():
-            # Xavier, not DINO's 0.02: with it all images of a narrow student have one prototype
+            # Our choice, because at DINO's std of 0.02 a layer of width 128 shrinks its input to 0.2
             nn.init.xavier_uniform_(p) if p.ndim > 1 else None
         nn.init.normal_(self.prototypes)
 
@@ -160,8 +160,8 @@ class Descriptor(nn.Module):
         self.start = nn.Parameter(torch.randn(width) * START_STD)
         self.position = nn.Parameter(torch.randn(length, width) * START_STD)
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
-        # BatchNorm, one per position, and not LayerNorm (our choice): it takes away what all images
-        # have in common, which otherwise decides the symbol, one for all images.
+        # BatchNorm, one per position, and not LayerNorm (our choice): it removes what images have
+        # in common, which would decide the symbol: README's differences have the measured runs.
         self.norms = nn.ModuleList(
             distributed.BatchNorm(width, affine=False) for _ in range(length))
 
@@ -199,7 +199,7 @@ class Descriptor(nn.Module):
 
 
 class Interpreter(nn.Module):
-    """E_S: reads the prefixes of 1, 2, 4, ... T symbols; z_s^(n) is its CLS output (3.2).
+    """E_S: encodes the prefixes of 1, 2, 4, ... T symbols; z_s^(n) is its CLS output (3.2).
 
     All prefixes lie side by side in one sequence, [CLS s1][CLS s1 s2][CLS s1 ... s4] ..., and a
     block-diagonal mask keeps them apart: one pass instead of four, the same numbers.
@@ -245,7 +245,7 @@ class Student(nn.Module):
         self.descriptor = self.descriptor_class(width, *args.descriptor, args.length)
         self.interpreter = Interpreter(width, *args.interpreter, args.length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
-            # Xavier: PyTorch's own start is narrower (1.7 times for square layers)
+            # Our choice, because PyTorch's default shrinks the variance to a third in each layer
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -274,11 +274,11 @@ class Student(nn.Module):
         return z_t
 
     def describe(self, z_t, hard=False, attention=False):
-        """s = D_S(z_t): (B, N+1, d) -> Sequence. hard: argmax; attention: also the maps."""
+        """D_S and discretizer: z_t (B, N+1, d) -> Sequence. hard: argmax; attention: also maps."""
         return self.descriptor(z_t, self.disc, hard, attention)
 
     def interpret(self, embeddings):
-        """z_s^(n) = E_S(s[:n]): embeddings (B, T, d) of a Sequence -> (B, D, d)."""
+        """z_s^(n) = E_S(s_q^[n]): embeddings (B, T, d) of a Sequence -> (B, D, d)."""
         return self.interpreter(embeddings)
 
     def embed(self, ids):
@@ -302,13 +302,13 @@ def main():
     for symbol, what, value in (
             ("z_t = E_T(x)", "teacher's tokens, CLS first", z_t),
             ("p_t = P_T(z_t[CLS])", "logits of P prototypes", student.teacher_projector(z_t[:, 0])),
-            ("s = D_S(z_t)", "logits of K symbols at T positions", sequence.logits),
-            ("s_q", "the discretizer's weights", sequence.weights),
+            ("s_s = D_S(z_t)", "logits of K symbols at T positions", sequence.logits),
+            ("s_q = softmax(s_s / tau)", "weights of the K symbols", sequence.weights),
             ("", "symbols (argmax)", sequence.ids),
             ("", "attention maps over N patches", sequence.attention),
-            ("z_s = E_S(s_q[:n])", "one row for each prefix n", z_s),
-            ("p_s = P_S(z_s)", "logits of P prototypes", student.projector(z_s))):
-        print(f"{symbol:20} {what:36} {tuple(value.shape)}")
+            ("z_s^(n) = E_S(s_q^[n])", "for prefixes n = 1, 2, 4, 8", z_s),
+            ("p_s^(n) = P_S(z_s^(n))", "logits of P prototypes", student.projector(z_s))):
+        print(f"{symbol:25} {what:36} {tuple(value.shape)}")
 
 
 if __name__ == "__main__":

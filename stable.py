@@ -2,10 +2,10 @@
 what keeps the symbols from collapsing. (Our choices within `--recipe paper` are in README's table.)
 
     h_t = cls_pred_t - (e_1 + ... + e_(t-1))      the discretizer sees what is left of the CLS
-    z_s^(n) = e_1 + ... + e_n + E_S(s[:n])        the interpreter corrects the sum of codewords
+    z_s^(n) = e_1 + ... + e_n + E_S(s_q^[n])      the interpreter corrects the sum of codewords
 
-1. Residual codebooks (SoundStream, EnCodec): at position t the decoder predicts the CLS token from
-   the patch tokens (`cls_pred`), and the discretizer chooses the codeword e_t for what the earlier
+1. Residual codebooks (SoundStream, EnCodec): at position t the decoder predicts the CLS token
+   (`cls_pred`), and the discretizer chooses the codeword e_t for what the earlier
    codewords leave of it. Each position has its own discretizer, of any kind.
 2. Their codebooks start at residual k-means of the CLS tokens and then learn by gradient.
 3. The CLS is whitened by its covariance within images, between augmented views, and by that of
@@ -136,8 +136,8 @@ class StableDescriptor(Descriptor):
         for t in range(self.length):
             cls_pred = self.cls_head(self.step(x, t, state)).float()
             q = disc[t](cls_pred - codewords, hard)                         # h_t
-            # As in residual VQ, no gradient from later positions: vq's straight-through copy makes
-            # it grow with each of them, and its loss diverges
+            # No gradient from later positions, as in residual VQ (our choice, because vq's
+            # straight-through copy would add the gradients of all later positions to this one's)
             x = q.embedding.detach()
             codewords = codewords + x
             quantized.append(q)

@@ -1,7 +1,6 @@
 """The teacher's tokens that a run trains on: new augmented views in every step, or cached ones.
 
-With --cache-views the teacher runs once, before step 1. That is most of the work of a step for a
-large teacher, and half of it for the small one.
+With --cache-views the teacher runs once, before step 1, and not in every step.
 """
 import math
 

@@ -8,7 +8,7 @@
 One step (`training_step`), for B images in V augmented views:
 
     z_t = E_T(x)          p_t = P_T(z_t[CLS])                   E_T is frozen, P_T the EMA of P_S
-    s   = D_S(z_t)        p_s^(n) = P_S(E_S(s_q[:n]))           n = 1, 2, 4, 8 symbols
+    s_q = disc(D_S(z_t))  p_s^(n) = P_S(E_S(s_q^[n]))           prefixes of n = 1, 2, 4, 8 symbols
     L   = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j)) + exploration terms
 
 Writes OUT/{config.json, metrics.jsonl, ckpt.pt}, and at the end the evaluation, OUT/results.json,
@@ -51,7 +51,7 @@ def training_step(student, centering, z_t, temperature, args):
     with torch.no_grad():
         logits_t = student.teacher_projector(z_t[:, 0]).unflatten(0, (v, -1))   # (V, B, P)
         p_t = centering(logits_t, temperature)
-    sequence = student.describe(z_t)                                        # s, for V*B views
+    sequence = student.describe(z_t)                                        # s_q of V*B views
     z_s = student.interpret(sequence.embeddings)                            # (V*B, D, d)
     logits_s = student.projector(z_s.transpose(0, 1)).unflatten(1, (v, -1))     # (D, V, B, P)
     prefix_losses = losses.dino_loss(p_t, logits_s, STUDENT_TEMP, args.pairing)     # (D,)
