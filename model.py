@@ -37,7 +37,7 @@ class DINOHead(nn.Module):
                                  nn.Linear(hidden, bottleneck))
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         for p in self.parameters():
-            # Our choice, because at DINO's std of 0.02 a layer of width 128 shrinks its input to 0.2
+            # Our choice: at DINO's std of 0.02 a layer of width 128 would shrink its input to 0.2
             nn.init.xavier_uniform_(p) if p.ndim > 1 else None
         nn.init.normal_(self.prototypes)
 

@@ -64,5 +64,11 @@ def test_every_command_of_the_readme_is_accepted():
         flags.check(flags.parse([*words.replace("PATH", "/a").split(), "--device", "cpu"]))
 
 
+def test_at_most_ten_differences_from_the_paper():
+    rows = [line for line in README.split("## Differences")[1].split("\n## ")[0].splitlines()
+            if line.startswith("| ")]
+    assert 5 < len(rows) - 1 <= 10                                              # without the heading
+
+
 def test_nothing_is_left_to_fill_in():
     assert re.findall(r"@[A-Z]+@", README) == []
