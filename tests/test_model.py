@@ -107,14 +107,16 @@ def without_cache(descriptor, inputs, t, tokens, training, kept):
 @torch.no_grad()
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_cached_decoding_equals_full_causal_attention(recipe, training, hard):
-    """And for `stable`: h_t = cls_pred_t - (e_1 + ... + e_(t-1)), with the CLS out of reach."""
-    student = make_student("--recipe", recipe, "--tau", "0.5", "--no-straight-through")
-    z_t, descriptor, stable = torch.randn(B, N + 1, D), student.descriptor, recipe == "stable"
+@pytest.mark.parametrize("flags", ["--recipe paper", "--recipe stable",
+                                   "--recipe stable --memory patches"])
+def test_cached_decoding_equals_full_causal_attention(flags, training, hard):
+    """And for `stable`: h_t = cls_pred_t - (e_1 + ... + e_(t-1)), with and without the CLS."""
+    student = make_student(*flags.split(), "--tau", "0.5", "--no-straight-through")
+    z_t, descriptor, stable = torch.randn(B, N + 1, D), student.descriptor, "stable" in flags
+    with_cls = "patches" not in flags
     kept = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in descriptor.norms]
     sequence = student.train(training).describe(z_t, hard, attention=True)
-    tokens = z_t[:, 1:] if stable else z_t
+    tokens = z_t if with_cls else z_t[:, 1:]
     inputs, symbol, codewords = torch.zeros(B, 0, D), descriptor.start.expand(B, D), 0
     for t in range(T):
         inputs = torch.cat([inputs, (symbol + descriptor.position[t])[:, None]], 1)
@@ -128,8 +130,8 @@ def test_cached_decoding_equals_full_causal_attention(recipe, training, hard):
             field = "embeddings" if name == "embedding" else name
             assert close(getattr(sequence, field)[:, t], getattr(q, name), 1e-4), name
         assert torch.equal(sequence.ids[:, t], q.ids)
-        patches = patches if stable else patches[:, 1:]                     # (B, N)
-        assert stable or (patches.sum(-1) < 0.99).all()         # there was a CLS to leave out
+        patches = patches[:, 1:] if with_cls else patches                   # (B, N)
+        assert not with_cls or (patches.sum(-1) < 0.99).all()   # there was a CLS to leave out
         assert close(sequence.attention[:, t], patches / patches.sum(-1, keepdim=True))
         symbol, codewords = q.embedding, codewords + q.embedding
     assert sequence.attention.shape == (B, T, N)
