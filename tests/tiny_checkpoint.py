@@ -19,7 +19,7 @@ def save(path, *words):
     with torch.no_grad():
         x = data.normalize(torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8))
         tokens = 5 * teacher(x)
-        student.fit(lambda n, augmented=False: tokens[:n] + augmented * torch.randn(tokens.shape))
+        student.fit(lambda n, augmented=False: [tokens[:n] + augmented * torch.randn(tokens.shape)])
         for _ in range(30):         # statistics for BatchNorm, or all images get the same symbols
             student.describe(student.preprocess(tokens))
         if args.recipe == "stable":                 # untrained, it predicts nearly one CLS for all
