@@ -43,11 +43,12 @@ class SlotAttention(nn.Module):
 
     def __init__(self, width, slots, iterations=3):
         super().__init__()
-        self.slots, self.iterations, self.scale = slots, iterations, width**-0.5
+        self.iterations, self.scale = iterations, width**-0.5
         self.inputs = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(),
                                     nn.Linear(width, width), nn.LayerNorm(width))
-        self.mean = nn.Parameter(torch.zeros(width))
-        self.log_std = nn.Parameter(torch.full((width,), -0.5))
+        # learned starts (Jia et al. 2023), not samples of one Gaussian: a short run breaks the
+        # symmetry of the slots sooner
+        self.start = nn.Parameter(torch.randn(slots, width))
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.norm, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.gru = nn.GRUCell(width, width)
@@ -57,13 +58,12 @@ class SlotAttention(nn.Module):
     def forward(self, tokens):
         x = self.inputs(tokens)
         k, v = self.to_k(x), self.to_v(x)                                       # (B, N, d)
-        noise = torch.randn(len(x), self.slots, x.shape[2], device=x.device)
-        slots = self.mean + self.log_std.exp() * noise                          # (B, S, d)
+        slots = self.start.expand(len(x), -1, -1)                               # (B, S, d)
         for _ in range(self.iterations):
             q = self.to_q(self.norm(slots)) * self.scale
             attention = (q @ k.transpose(1, 2)).softmax(1) + 1e-8               # (B, S, N)
             update = attention / attention.sum(2, keepdim=True) @ v
-            slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+            slots = self.gru(update.flatten(0, 1), slots.reshape(-1, slots.shape[2])).view_as(slots)
             slots = slots + self.mlp(self.norm_mlp(slots))
         return slots
 
@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
     def __init__(self, width, patches, slots, hidden):
         super().__init__()
         self.encoder = SlotAttention(width, slots)
-        self.position = nn.Parameter(0.02 * torch.randn(patches, width))
+        self.position = nn.Parameter(torch.randn(patches, width))
         self.decoder = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden),
                                      nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
                                      nn.Linear(hidden, width + 1))
