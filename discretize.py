@@ -26,7 +26,7 @@ import distributed
 # = K / 3: not uniform (all images embed to one mean vector), not one-hot (no other symbol gets a
 # gradient). Our choice: the paper names none.
 SPREAD = 1.5
-# As the positions, with which it is added up: both have equal variance.
+# That of the position embeddings, to which the symbols' are added (our choice).
 EMBEDDING_STD = 0.3
 
 
@@ -41,9 +41,9 @@ class Quantized(NamedTuple):
 
 
 class Discretizer(nn.Module):
-    """The contract. A subclass defines `codebook`, `logits` and `choose`. train.py sets `tau` in
-    every step (see `anneal`); a loaded model has the final one. Raises ValueError for flags that
-    make no sense."""
+    """The contract. A subclass defines `logits`, `choose` and `codebook`, (K, d), the embeddings of
+    the symbols. train.py sets `tau` in every step (see `anneal`); a loaded model has the final one.
+    Raises ValueError for flags that make no sense."""
 
     default_tau = default_tau_start = 0.12      # where no flag sets it (paper: softmax 0.12)
 
@@ -86,13 +86,13 @@ class Softmax(Discretizer):
     """Low-temperature softmax (3.2, item 1), with an optional straight-through one-hot."""
 
     logits_use_tau = True             # the logits are W h / tau
-    init_sharpness = 1.0        # std of W h after `init_codebook`: of the logits, 1 / tau
+    init_sharpness = 1.0        # std of W h over the data after `init_codebook`, before / tau
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
         self.straight_through = args.straight_through
         self.to_logits = nn.Linear(width, vocab)
-        # for h of unit variance (paper: it leaves a BatchNorm) the logits have std SPREAD
+        # for h of unit variance (`--recipe paper`: after BatchNorm) the logits have std SPREAD
         divisor = self.tau if self.logits_use_tau else 1.0
         nn.init.normal_(self.to_logits.weight, std=SPREAD * divisor / math.sqrt(width))
         nn.init.zeros_(self.to_logits.bias)
@@ -133,7 +133,7 @@ class Gumbel(Softmax):
 
     default_tau_start, default_tau = 2.0, 0.5       # annealed: the base strategy of section 3.4
     logits_use_tau = False            # they are W h
-    init_sharpness = 30.0       # of the logits; the noise has std 1.28
+    init_sharpness = 30.0       # far above the std of Gumbel noise, 1.28 (our choice)
     noisy = True                # --explore switch ends it: see `anneal`
 
     def soft_assignment(self, logits):
@@ -149,7 +149,7 @@ class VQ(Discretizer):
 
         L_vq = |sg[h] - e|^2 + beta |h - sg[e]|^2          (sg: no gradient; mean over d)
 
-    tau scales the logits only, -|h - e|^2 / (2 d tau), which exploration terms read."""
+    tau scales the logits only, -|h - e|^2 / (2 d tau), which exploration terms use."""
 
     default_tau = default_tau_start = 1.0
 

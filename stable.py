@@ -12,7 +12,7 @@ what keeps the symbols from collapsing. (Our choices within `--recipe paper` are
    x - mean(kNN(x)) (RCA with k-NN chunklets), projected to its principal components and
    L2-normalised: directions that vary between views or neighbours count less.
 4. P_S = P_T = frozen k-means prototypes of the CLS instead of an MLP and its EMA.
-5. Feature regression: z_s and cls_pred must equal the CLS itself, by squared error.
+5. Feature regression: z_s and cls_pred are regressed on the CLS itself, by squared error.
 6. Training is straight-through, on one un-augmented view per image whose tokens are cached,
    without centering, at a teacher temperature of 0.1.
 
@@ -89,8 +89,8 @@ def cls_and_patches(batches, n, images):
 
 
 def match_codewords(directions, centroids):
-    """centroids (K, d) in the order in which each has a large cosine with the row of directions
-    (K, d) beside it, greedily: so symbol k points the same way at every position, if it can."""
+    """centroids (K, d) reordered by greedy matching, so that centroid k has a large cosine with
+    directions[k], (K, d): symbol k then has a similar direction at every position."""
     cosine = F.normalize(directions, dim=1) @ F.normalize(centroids, dim=1).T       # (K, K)
     order = torch.empty(len(centroids), dtype=torch.long, device=centroids.device)
     for _ in range(len(centroids)):
@@ -201,7 +201,7 @@ class StableStudent(Student):
 
     @staticmethod
     def l2_normalise(y):
-        """L2-normalised to mean square 1: k-NN compares directions; lengths would cost symbols."""
+        """L2-normalised to mean square 1, because k-NN compares directions alone."""
         return F.normalize(y, dim=-1) * y.shape[-1] ** 0.5
 
     def interpret(self, embeddings):
