@@ -20,7 +20,7 @@ import distributed
 
 @torch.no_grad()
 def sinkhorn(logits, temperature, iterations=3):
-    """Teacher's probabilities by Sinkhorn-Knopp (SwAV, DINOv2): softmax with prototypes of equal use.
+    """p_t by Sinkhorn-Knopp (SwAV, DINOv2): a softmax whose prototypes are used equally often.
     logits (M, P) -> probabilities (M, P); rows sum to 1, columns to about M / P."""
     scaled = logits.float() / temperature
     q = (scaled - scaled.max()).exp()
