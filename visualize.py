@@ -21,6 +21,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import checkpoint
 import data
+import flags
 from progress import counted
 
 WIDTH, MARGIN, GAP = 1400, 24, 8        # pixels: the widest figure, its border, between images
@@ -353,7 +354,7 @@ def draw_checkpoint(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
+        description=__doc__.split("\n")[0], formatter_class=flags.HelpFormatter,
         usage="visualize.py RUN/ckpt.pt [IMAGE ...], or visualize.py --curves RUN ... (-h: more)")
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="RUN/ckpt.pt", help="for Figures 1 and 5")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
+import flags
 from extras import measures, objects
 from extras.probe_teacher import check_folder
 from scenes import FACTORS
@@ -193,7 +194,7 @@ def run(args):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(prog="python -m extras.sentences", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=flags.HelpFormatter)
     add = p.add_argument
     add("checkpoint", type=Path, help="RUN/ckpt.pt, of a run on scenes")
     add("--train-images", type=int, default=5000, help="scenes for the symbol table")

@@ -23,6 +23,7 @@ import flags
 import progress
 import scoring
 import train
+import visualize
 from conftest import RECIPES, ROOT
 
 STEPS = 4                                   # an epoch of `tiny`: 76 training images, 16 to a step
@@ -30,6 +31,10 @@ KEYS = {"epoch", "step", "seconds", "images_per_s", "lr", "loss", "dino_loss", "
         "teacher_entropy", "teacher_entropy_max", "kl", "symbol_entropy", "information",
         "perplexity", "codebook_usage", "unique_codes"}
 TIMING = {"seconds", "images_per_s"}
+
+
+def test_every_panel_of_the_curves_is_a_value_of_the_log():
+    assert visualize.PANELS.keys() <= KEYS | {"knn_top1"}
 
 
 def run(words):
