@@ -72,9 +72,9 @@ def training_step(student, centering, z_t, temperature, args):
 class Trainer:
     """Everything that changes during a run. checkpoint.state_of lists what of it is saved."""
 
-    def __init__(self, args, teacher, student, images):
+    def __init__(self, args, teacher, student, images, tokens=TrainingTokens):
         self.args, self.teacher, self.student = args, teacher, student
-        self.tokens = TrainingTokens(teacher, images, args)
+        self.tokens = tokens(teacher, images, args)
         self.centering = losses.Centering(args.prototypes, args.centering).to(args.device)
         groups = losses.parameter_groups(student, student.slow_parameters(), args.codebook_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
@@ -190,7 +190,7 @@ def log_line(trainer, record, held_out):
 
 # ---- the run directory and main ------------------------------------------------------------------
 
-def setup(args, state):
+def setup(args, state, tokens=TrainingTokens):
     """What comes before step 1 -> (Trainer, checkpoint manager, held-out images)."""
     torch.manual_seed(args.seed)
     with distributed.rank_zero_first():                     # it may download
@@ -203,7 +203,7 @@ def setup(args, state):
     student = checkpoint.STUDENTS[args.recipe](args, teacher.width).to(args.device)
     manager = checkpoint.Manager(args.out / "ckpt.pt", SAVE_MINUTES, images.fingerprint())
     images, held_out = map(images.subset, data.held_out_indices(len(images), args.seed))
-    trainer = Trainer(args, teacher, student, images)
+    trainer = Trainer(args, teacher, student, images, tokens)
     if state:
         manager.check_data(state)
         checkpoint.restore(trainer, state)
@@ -220,7 +220,7 @@ def setup(args, state):
     return trainer, manager, held_out
 
 
-def run(args):
+def run(args, tokens=TrainingTokens):
     flags.check(args)
     problem = data.evaluation_problem(args.data)
     if problem:                                             # not after hours of training
@@ -228,7 +228,7 @@ def run(args):
     with distributed.rank_zero_first():                     # it may put a checkpoint in its place
         state = checkpoint.open_run(args)
     start = time.time()
-    trainer, manager, held_out = setup(args, state)
+    trainer, manager, held_out = setup(args, state, tokens)
     with manager:
         while trainer.epoch < args.epochs:
             for record in trainer.train(manager):
@@ -258,11 +258,11 @@ def finish(args, tokens, held_out, evaluation):
     print(f"{out}: " + " ".join(sorted(f.name for f in out.iterdir())))
 
 
-def main():
+def main(tokens=TrainingTokens):        # extras/fourier.py has others
     args = flags.parse(description=__doc__)
     try:
         args.device = distributed.init(args.device)
-        run(args)
+        run(args, tokens)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"train.py: {error}") from None
     distributed.cleanup()

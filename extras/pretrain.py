@@ -106,23 +106,27 @@ def run_flags(add):
         help="steps between lines of the log, with k-NN, and checkpoints")
 
 
-def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
+def parse(argv=None, description=__doc__, own_flags=None):
+    """own_flags: adds the flags of a script with another Pretrainer, as ddm.py is."""
+    p = argparse.ArgumentParser(description=description,
                                 formatter_class=flags.HelpFormatter)
     data_flags(p.add_argument_group("data").add_argument)
     network_flags(p.add_argument_group("network").add_argument)
     loss_flags(p.add_argument_group("loss and optimisation").add_argument)
     run_flags(p.add_argument_group("run").add_argument)
+    if own_flags:
+        own_flags(p)
     return p.parse_args(argv)
 
 
 # ---- the step ------------------------------------------------------------------------------------
 
-def forward(net, crops):
-    """crops: list of (views, B, 3, S, S), one entry per size -> logits (all views, B, P)."""
+def forward(net, crops, first=0):
+    """crops: list of (views, B, 3, S, S), one entry per size -> logits (all views, B, P) of the
+    CLS's columns from `first` on, and the CLS (all views, B, d)."""
     cls = [net["backbone"](x.flatten(0, 1))[:, 0].unflatten(0, x.shape[:2]) for x in crops]
     cls = torch.cat(cls)                                                        # (all views, B, d)
-    return net["head"](cls.flatten(0, 1)).unflatten(0, cls.shape[:2])
+    return net["head"](cls[..., first:].flatten(0, 1)).unflatten(0, cls.shape[:2]), cls
 
 
 def windows(images, side, views=2):
@@ -144,19 +148,20 @@ def windows(images, side, views=2):
         yield canvas
 
 
-PARTS = ("student", "teacher", "centering", "optimizer", "scaler")      # they go into checkpoints
-
-
 class Pretrainer:
     """Student, teacher (ViT and projector each) and what else changes during a run.
-    args.precision: resolved. Raises ValueError for fewer images than a batch."""
+    args.precision: resolved. Raises ValueError for fewer images than a batch.
+    ddm.py and fourier.py subclass it: prefix, crops and objective are theirs to replace."""
+
+    parts = ("student", "teacher", "centering", "optimizer", "scaler")  # they go into checkpoints
+    prefix = 0                          # columns of the CLS that the projector does not see
 
     def __init__(self, args, images):
         self.args, self.images = args, images
         self.student = torch.nn.ModuleDict({
             "backbone": teachers.small_vit(args.image_size, args.patch, args.width, args.depth,
                                            args.width // 64, args.stem),
-            "head": DINOHead(args.width, args.prototypes, args.hidden,
+            "head": DINOHead(args.width - self.prefix, args.prototypes, args.hidden,
                              args.batch_norm)}).to(args.device)
         if args.init:
             self.load_backbone(teachers.load_teacher(args.init))
@@ -189,18 +194,23 @@ class Pretrainer:
             raise ValueError(f"--init {self.args.init} is a teacher of another size: {reason}"
                              ) from None
 
-    def batches(self, last):
-        """The images of this epoch's steps that are left, (b, 3, H, W) uint8 of this process, up to
-        step `last`: an order for every epoch, from the seed alone."""
+    def order(self, last):
+        """Indices of the images of this epoch's steps that are left, (b,) each of this process, up
+        to step `last`: an order for every epoch, from the seed alone."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.args.seed + 1 + epoch)
         order = torch.randperm(len(self.images), generator=generator).split(self.args.batch_size)
         end = min(self.steps_per_epoch, start + last - self.step)
-        for x in self.images.batches([distributed.shard(batch) for batch in order[start:end]]):
+        return [distributed.shard(batch) for batch in order[start:end]]
+
+    def batches(self, last):
+        """The images at `order`, (b, 3, H, W) uint8."""
+        for x in self.images.batches(self.order(last)):
             yield x.to(self.args.device)
 
-    def train_step(self, images):
-        """One optimizer step; returns the loss and the teacher's probabilities (2, B, P)."""
+    def crops(self, images):
+        """-> what the teacher and what the student gets: lists of (views, B, 3, S, S), a size
+        each."""
         args = self.args
         if args.window:
             views = windows(images, args.window)
@@ -209,15 +219,27 @@ class Pretrainer:
             crops = [self.augment(images, 2, args.image_size, True)]
         if args.locals:
             crops.append(self.augment_local(images, args.locals, args.local_size, True))
+        return crops[:1], crops
+
+    def objective(self, loss, cls):
+        """What is minimised, from DINO's loss and the student's CLS (2 + locals, B, d)."""
+        return loss
+
+    def train_step(self, images):
+        """One optimizer step; returns DINO's loss and the teacher's probabilities (2, B, P)."""
+        args = self.args
+        teacher_crops, student_crops = self.crops(images)
         lr = losses.warmup_cosine(args.lr, END_LR, self.step, self.steps, args.warmup)
         losses.set_schedule(self.optimizer, lr, args.weight_decay)
         with precision.autocast(args.device, args.precision):
             with torch.no_grad():
-                p_t = self.centering(forward(self.teacher, crops[:1]), args.teacher_temp)
-            logits = forward(self.student, crops)                           # (2 + locals, B, P)
+                logits_t, _ = forward(self.teacher, teacher_crops, self.prefix)
+                p_t = self.centering(logits_t, args.teacher_temp)
+            logits, cls = forward(self.student, student_crops, self.prefix)     # (2 + locals, B, P)
             loss = losses.dino_loss(p_t, logits, STUDENT_TEMP, "cross")
+            objective = self.objective(loss, cls)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(objective).backward()
         distributed.average_gradients(self.student)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
@@ -237,7 +259,7 @@ class Pretrainer:
         return result[0]
 
     def state(self):
-        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        parts = {name: getattr(self, name).state_dict() for name in self.parts}
         if self.args.device.startswith("cuda"):
             parts["cuda_rng"] = torch.cuda.get_rng_state(self.args.device)
         return parts | {"step": self.step, "seconds": self.seconds, "rng": torch.get_rng_state(),
@@ -246,9 +268,9 @@ class Pretrainer:
     def load(self, state):
         """Raises ValueError where the state is of other networks."""
         try:
-            for name in PARTS:
+            for name in self.parts:
                 getattr(self, name).load_state_dict(state[name])
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise ValueError("--resume with other flags of the networks than in config.json: "
                              f"{reason}") from None
@@ -298,7 +320,7 @@ def open_run(args):
     if args.resume:
         with distributed.rank_zero_first():                 # it may put a checkpoint in its place
             state = checkpoint.load(path)
-        if not {"config", "step", *PARTS} <= state.keys():
+        if not {"config", "step", *Pretrainer.parts} <= state.keys():
             raise ValueError(f"{path} is not a checkpoint of extras.pretrain")
         args.precision = state["config"]["precision"]       # a run keeps its precision
     elif checkpoint.exists(path):
@@ -314,15 +336,17 @@ def split(images, seed):
     return images.subset(order[n:]), images.subset(order[:n])
 
 
-def run(args):
+def run(args, make=Pretrainer, prepare=lambda images: images):
+    """A run -> its trainer. make: Pretrainer or a subclass; prepare: of the ImageSet loaded."""
     distributed.check_batch_size(args.batch_size)
     state = open_run(args)
     torch.manual_seed(args.seed)
     with distributed.rank_zero_first():                     # it may download
-        images = data.load(args.data, "train", args.image_size, args.train_images, args.seed)
+        images = prepare(data.load(args.data, "train", args.image_size, args.train_images,
+                                   args.seed))
     manager = checkpoint.Manager(args.out / "ckpt.pt", SAVE_MINUTES, images.fingerprint())
     images, held_out = split(images, args.seed)
-    trainer = Pretrainer(args, images)
+    trainer = make(args, images)
     distributed.broadcast_parameters(trainer.student)
     distributed.broadcast_parameters(trainer.teacher)
     if state:
@@ -340,6 +364,7 @@ def run(args):
                    "gallery": len(images), "queries": len(held_out)}
         checkpoint.write_json(args.out / "results.json", results)
         print("results:", json.dumps(results["knn_top1"]))
+    return trainer
 
 
 def train(trainer, held_out, manager):
@@ -392,11 +417,11 @@ def log_line(trainer, loss, entropy, held_out):
         log.write(json.dumps(record) + "\n")
 
 
-def main():
+def main(make=Pretrainer):
     args = parse()
     try:
         args.device = distributed.init(args.device)
-        run(args)
+        run(args, make)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"extras.pretrain: {error}") from None
     distributed.cleanup()
