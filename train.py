@@ -64,7 +64,7 @@ def training_step(student, centering, z_t, temperature, args):
            "kl": losses.joint_kl(p_t, logits_s, STUDENT_TEMP, args.pairing),
            "symbol_entropy": losses.symbol_entropy(sequence.logits),
            "information": losses.sequence_information(sequence.weights)}
-    return total, {name: torch.as_tensor(value).detach().float() for name, value in log.items()}
+    return total, {name: value.detach().float() for name, value in log.items()}
 
 
 # ---- a run ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ moves and what it does not, caches, schedules, sizes, warnings. (Whole runs: tes
 
     python tests/test_step.py       # rewrites fixtures/losses.json, the losses of 20 steps
 """
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -409,3 +410,15 @@ if __name__ == "__main__":
     curves = {f"{recipe} {disc}": twenty_losses(recipe, disc) for recipe, disc in CURVES}
     RECORDED.write_text(json.dumps(curves, indent=1) + "\n")
     print(f"{RECORDED.name}: {precision.hardware_info('cpu')}")
+
+
+@pytest.mark.parametrize("disc", list(discretize.DISCRETIZERS))
+@pytest.mark.parametrize("recipe", conftest.RECIPES)
+def test_a_step_stays_on_its_device(tiny_trainer, recipe, disc, monkeypatch):
+    """The meta device stands in for a GPU: like one, it refuses to mix with tensors of the CPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    trainer = tiny_trainer("--recipe", recipe, "--disc", disc, "--views", "2", "--cache-views", "0")
+    student, z_t = trainer.student.to("meta"), torch.randn(6, 17, trainer.teacher.width, device="meta")
+    total, log = train.training_step(student, trainer.centering.to("meta"),
+                                     student.preprocess(z_t), 0.07, trainer.args)
+    assert {value.device.type for value in (total, *log.values())} == {"meta"}
