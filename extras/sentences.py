@@ -28,7 +28,8 @@ from scenes import FACTORS
 from visualize import CHIP, GAP, MARGIN, Sheet, chip_colours, draw_chip
 
 NAMED = ("size", "colour", "shape")     # factors that symbols name; the map gives column and row
-CELL, COLUMNS, LINE = 168, 4, 20        # pixels: a scene's side, scenes in a row, a line of text
+CELL, COLUMN, LINE = 224, 316, 25       # pixels: a scene's side, its column, a line of text
+IN_ROW = 4                              # scenes
 
 
 # ---- from symbols to phrases ---------------------------------------------------------------------
@@ -136,29 +137,31 @@ def outlined(image, phrases, ids, side):
         grid = math.isqrt(len(phrase["map"]))
         heat = F.interpolate(phrase["map"].view(1, 1, grid, grid), (side, side), mode="bicubic")
         inside = (heat > heat.max() / 2).float()
-        width = side // 80
-        wider = F.max_pool2d(inside, 2 * width + 1, 1, width)
+        wide, wider = (F.max_pool2d(inside, 2 * width + 1, 1, width)[0]
+                       for width in (side // 90, side // 60))
         colour, _ = chip_colours(int(ids[phrase["symbols"][0]]))
-        page = torch.where((wider > inside)[0], torch.tensor(colour).view(3, 1, 1) / 255, page)
+        page = torch.where(wider > wide, 1.0, page)                 # white around the colour
+        page = torch.where(wide > inside[0], torch.tensor(colour).view(3, 1, 1) / 255, page)
     return (255 * page).round().byte()
 
 
 def figure(images, ids, phrases, path):
     """A cell for each scene: the outlined image, and under it a line for each phrase: its symbols,
     as chips in their colours, and its words. images (n, 3, H, W) uint8, ids (n, T)."""
-    lines = max(map(len, phrases))
-    row, column = CELL + lines * LINE + 3 * GAP, CELL + 3 * CELL // 4 + 2 * GAP
-    rows = math.ceil(len(images) / COLUMNS)
-    sheet = Sheet(2 * MARGIN + COLUMNS * column, 2 * MARGIN + rows * row)
+    row = CELL + max(map(len, phrases)) * LINE + 3 * GAP
+    top = MARGIN + 34
+    sheet = Sheet(2 * MARGIN + IN_ROW * COLUMN, top + math.ceil(len(images) / IN_ROW) * row)
+    sheet.text(MARGIN, MARGIN + 8, "outlined: where symbols attend; below: these symbols, and what "
+               "they stand for in training scenes", 14)
     for i, (image, scene) in enumerate(zip(images, phrases)):
-        x, y = MARGIN + i % COLUMNS * column, MARGIN + i // COLUMNS * row
+        x, y = MARGIN + i % IN_ROW * COLUMN, top + i // IN_ROW * row
         sheet.image(outlined(image, scene, ids[i], 2 * CELL), x, y, CELL)
         for j, phrase in enumerate(scene):
-            top, left = y + CELL + GAP + j * LINE, x
+            line, left = y + CELL + GAP + j * LINE, x
             for t in phrase["symbols"]:
-                draw_chip(sheet, left, top, int(ids[i, t]), 30)
+                draw_chip(sheet, left, line, int(ids[i, t]), 30)
                 left += 33
-            sheet.text(left + 3, top + CHIP / 2, text_of(phrase), 13, room=x + column - left)
+            sheet.text(left + 3, line + CHIP / 2, text_of(phrase), 13, room=x + COLUMN - left - 12)
     return sheet.save(path)
 
 

@@ -82,5 +82,4 @@ def test_the_figure_outlines_objects_in_their_symbols_colours(planted, tmp_path)
         rows = maps[0, phrase["symbols"][0]].view(12, 12).sum(1) @ (torch.arange(12.0) + 0.5)
         assert abs(at[:, 0].mean() / 8 - rows) < 1.5
     path = sentences.figure(images[:5], ids[:5], phrases, tmp_path / "f.png")
-    assert Image.open(path).size[0] == 2 * sentences.MARGIN + 4 * (
-        sentences.CELL + 3 * sentences.CELL // 4 + 2 * sentences.GAP)
+    assert Image.open(path).size[0] == 2 * sentences.MARGIN + 4 * sentences.COLUMN
