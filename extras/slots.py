@@ -70,7 +70,9 @@ class SlotAttention(nn.Module):
 
 class Autoencoder(nn.Module):
     """tokens (B, N, d) -> their reconstruction (B, N, d) and alpha (B, S, N), which sums to 1 over
-    the slots. The decoder decodes each slot at each position, alone."""
+    the slots. The decoder decodes each slot at each position, alone. Unlike DINOSAUR's the
+    encoder gets positions too, as slot attention's on pixels does: a slot must have the position of
+    its patches, which a small teacher's tokens determine less well."""
 
     def __init__(self, width, patches, slots, hidden):
         super().__init__()
@@ -81,7 +83,7 @@ class Autoencoder(nn.Module):
                                      nn.Linear(hidden, width + 1))
 
     def forward(self, tokens):
-        slots = self.encoder(tokens)
+        slots = self.encoder(tokens + self.position)
         out = self.decoder(slots[:, :, None] + self.position)                   # (B, S, N, d + 1)
         alpha = out[..., -1].float().softmax(1)
         return torch.einsum("bsn,bsnd->bnd", alpha, out[..., :-1].float()), alpha
