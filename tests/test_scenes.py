@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import data
+import flags
 import scenes
 
 PIXELS = [[230, 74, 64, 234], [166, 60, 52, 10], [67, 44, 49, 206]]
@@ -100,6 +101,13 @@ def test_the_data_set_is_that_of_its_file_and_its_class_the_largest_objects_shap
 def test_the_script_prints_the_first_scene_and_draws_60(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scenes.main()
-    printed = capsys.readouterr().out.splitlines()
+    printed = [line for line in capsys.readouterr().out.splitlines()
+               if not line.startswith("drawing scenes")]           # progress, on a slow machine
     assert printed[1].split()[-2:] == [str(AREAS[1]), "pixels"] and len(printed) == 5
     assert Image.open("scenes.png").size == (1440, 864)
+
+
+def test_the_default_image_size_is_that_of_the_data_set():
+    assert flags.parse(["--data", "scenes"]).image_size == 48
+    assert flags.parse(["--data", "scenes", "--image-size", "32"]).image_size == 32
+    assert flags.parse([]).image_size == 32
