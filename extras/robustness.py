@@ -41,12 +41,11 @@ def robustness(args):
         sets[name] = dataclasses.replace(test, images=(255 * x).round().byte(), files=None)
     codes = {name: evaluate.encode(student, teacher, images, config["image_size"])
              for name, images in sets.items()}
-    features = {name: {"student": code["z"][-1], "teacher": code["cls"]}
-                for name, code in codes.items()}
-    gallery = features.pop("train")
-    figures = {name: {row: scoring.knn_accuracy(gallery[row], train_set.labels, x, test.labels,
-                                                 20)[0] for row, x in rows.items()}
-               for name, rows in features.items()}
+    features = {name: {"student": code["z"][-1].to(args.device),
+                       "teacher": code["cls"].to(args.device)} for name, code in codes.items()}
+    gallery, labels = features.pop("train"), [s.labels.to(args.device) for s in (train_set, test)]
+    figures = {name: {row: scoring.knn_accuracy(gallery[row], labels[0], x, labels[1], 20)[0]
+                      for row, x in rows.items()} for name, rows in features.items()}
     return figures | {"corrupted": {row: sum(figures[name][row] for name in CORRUPTIONS
                                              if name != "clean") / 3 for row in gallery}}
 
