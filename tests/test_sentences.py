@@ -1,5 +1,8 @@
 """extras/sentences.py: phrases of planted symbols, which must be right, and of noise."""
+import json
+
 import pytest
+import tiny_checkpoint
 import torch
 from PIL import Image
 
@@ -83,3 +86,20 @@ def test_the_figure_outlines_objects_in_their_symbols_colours(planted, tmp_path)
         assert abs(at[:, 0].mean() / 8 - rows) < 1.5
     path = sentences.figure(images[:5], ids[:5], phrases, tmp_path / "f.png")
     assert Image.open(path).size[0] == 2 * sentences.MARGIN + 4 * sentences.COLUMN
+
+
+def test_the_command_on_a_checkpoint(tmp_path, capsys, monkeypatch):
+    """An untrained student, whose symbols are of four patches; what there is, is written."""
+    ckpt = tiny_checkpoint.save(tmp_path / "c.pt", "--data", "scenes", "--image-size", "8")
+    out, record = tmp_path / "s.png", tmp_path / "s.json"
+    monkeypatch.setattr("sys.argv", ["sentences", str(ckpt), "--train-images", "60", "--images", "40",
+                                     "--count", "3", "--device", "cpu", "--out", str(out), "--json",
+                                     str(record)])
+    sentences.main()
+    written = json.loads(record.read_text())
+    assert written["images"] == 40 and written["measured"].keys() == written["other_scenes"].keys()
+    assert 0 <= written["measured"]["complete"] <= written["measured"]["right"] < 0.5
+    assert out.is_file() and "right_with_position" in capsys.readouterr().out
+    ckpt = tiny_checkpoint.save(tmp_path / "c.pt")
+    with pytest.raises(SystemExit, match="sentences need a run on scenes"):
+        sentences.main()
