@@ -228,6 +228,14 @@ def space(student, cls):
     return student.preprocess(torch.cat([cls[:, None], torch.zeros(len(cls), N, D)], 1))[:, 0]
 
 
+def test_fit_holds_the_cls_and_some_patches_of_a_stream_of_tokens():
+    z_t = torch.randn(50, 1 + N, D)
+    for images in (0, 12, 20, 50):
+        cls, patches = stable.cls_and_patches(z_t.split(8), 70, images)
+        assert torch.equal(cls, z_t[:, 0]) and torch.equal(patches, z_t[:images, 1:].flatten(0, 1))
+        assert cls.untyped_storage().nbytes() == 4 * 70 * D
+
+
 def test_fit_whitens_what_augmentation_moves():
     """Planted: images differ in all dimensions, views in the first half ten times as much as in the
     second."""
