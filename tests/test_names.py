@@ -117,7 +117,8 @@ NAMES_IN = {"model.py": {"first", "table", "draw", "seen", "read", "left", "mean
 
 
 def given_names(text):
-    """The names that a Python source defines: functions, classes, arguments, variables, fields."""
+    """The names that a Python source defines: functions, classes, arguments, variables, fields,
+    flags, and keys of dictionaries (they become JSON's)."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
@@ -127,6 +128,10 @@ def given_names(text):
             yield node.id
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("--"):
+            yield node.value[2:].replace("-", "_")
+        elif isinstance(node, ast.Dict):
+            yield from (key.value for key in node.keys if isinstance(key, ast.Constant))
 
 
 @pytest.mark.parametrize("path", PROJECT, ids=lambda path: str(path.relative_to(ROOT)))
