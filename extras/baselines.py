@@ -55,7 +55,7 @@ def add_flags(add):
 
 
 def accuracies(train_x, train_y, test_x, test_y, linear=True):
-    """A row of results.json: `evaluate.score` of these features, as `evaluate.summary` writes it."""
+    """A row of results.json: `evaluate.score` of the features as `evaluate.summary` writes it."""
     return evaluate.flat(evaluate.score(train_x, train_y, test_x, test_y, probe=linear))
 
 

@@ -6,10 +6,11 @@
 On `shapes`, whose factors and object masks are known: mutual information, disentanglement,
 lift-based purity, pointing game. On `scenes` these are about the largest object (the pointing game
 about all), and there are FG-ARI and mBO of the segmentation by the symbol that attends most, the
-binding of symbols to objects, and which object each symbol attends to. On any images: occlusion (deletion metric), specificity,
-similarity of attention maps, stability. Each has its control beside it: `chance` is the mean over
-permutations of the images' answers (factors, masks, maps, symbols). Symbols are hard (argmax) and
-in float32, because in bfloat16 the batch size would decide between near-equal logits.
+binding of symbols to objects, and which object each symbol attends to. On any images: occlusion
+(deletion metric), specificity, similarity of attention maps, stability. Each has its control beside
+it: `chance` is the mean over permutations of the images' answers (factors, masks, maps, symbols).
+Symbols are hard (argmax) and in float32, because in bfloat16 the batch size would decide between
+near-equal logits.
 """
 import argparse
 import io

@@ -87,10 +87,10 @@ def lift_table(ids, values, vocab, number, prior=1.0):
 
 
 def binding(ids, attended, factors, vocab):
-    """Whether a symbol goes with the object that it attends to: {factor: {"attended": (T,), "another":
-    (T,)}}: mean lift of the symbol for the factor's value of the attended object, and for that of
-    another object of the same image. The lifts come from the images of even index, the means are
-    of the others. 1: the symbol does not depend on it; at most the number of values."""
+    """Whether a symbol goes with the object that it attends to: {factor: {"attended": (T,),
+    "another": (T,)}}: mean lift of the symbol for the factor's value of the attended object, and
+    for that of another object of the same image. The lifts come from the images of even index, the
+    means are of the others. 1: the symbol does not depend on it; at most the number of values."""
     rows, other = {}, another_object(attended, next(iter(factors.values())) >= 0)
     positions, odd = torch.arange(ids.shape[1]), slice(1, None, 2)
     for name, values in factors.items():

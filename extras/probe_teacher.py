@@ -1,4 +1,4 @@
-"""Linear probes and k-NN of a teacher's tokens, for the factors of `shapes` and `scenes` or classes.
+"""Linear probes and k-NN of a teacher's tokens, for factors of `shapes` and `scenes` or classes.
 
     python -m extras.probe_teacher shapes --json results/teachers/shapes/probe.json
     python -m extras.probe_teacher scenes --data scenes --json FILE
@@ -117,7 +117,7 @@ def probe_scenes(train, test, sets):
             row |= {f"present_{key}": presence_probe(train[key], present[0], test[key], present[1])
                     for key in ("cls", "mean")}
             row |= {"chance": 100 / (1 + y.max().item())}
-            if name != "size":                                  # the largest object's is always large
+            if name != "size":                                # the largest object's is always large
                 row["largest_cls"] = scoring.linear_probe(train["cls"], y[:, 0],
                                                            test["cls"], test_y[:, 0])[0]
             for key in ("object", "patch"):

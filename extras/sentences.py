@@ -6,8 +6,8 @@
    symbol attends to, over training scenes (extras.objects.lift_table; so masks are used here).
 2. The symbols of a test scene whose attention maps have a cosine of 0.5 or more are one group.
 3. A group's words: for size, colour and shape the value v with the largest
-   P(v) * product over its symbols s of lift(s, v), normalised over v, where that is 0.75 or more; and
-   the third of the image that has the maps' mean position. No colour and no shape: no phrase.
+   P(v) * product over its symbols s of lift(s, v), normalised over v, where that is at least 0.75;
+   and the third of the image that has the maps' mean position. No colour and no shape: no phrase.
 4. A scene is right if each phrase is true of another object and there is a phrase; complete if also
    every object has one. The same with the positions. Control: the objects of other scenes.
 """
@@ -75,7 +75,8 @@ def phrases_of(ids, maps, tables, least=0.75):
         some = member.sum(1).nonzero().flatten()
         if not len(some):
             continue
-        mean = (member[some, None].float() @ maps[some])[:, 0] / member[some].float().sum(1)[:, None]
+        weights = member[some].float()
+        mean = (weights[:, None] @ maps[some])[:, 0] / weights.sum(1)[:, None]
         column, row = third(mean)
         named = {}
         for name, (lift, prior) in tables.items():
@@ -169,7 +170,7 @@ def run(args):
     check_folder(args.json)
     config, teacher, student = checkpoint.load_model(args.checkpoint, args.device)
     if config["data"] != "scenes":
-        raise ValueError(f"{args.checkpoint} is of {config['data']}; sentences need a run on scenes")
+        raise ValueError(f"{args.checkpoint} is of {config['data']}; sentences need scenes")
     torch.manual_seed(args.seed)
     sets = [data.load("scenes", split, config["image_size"], n, config["seed"])
             for split, n in (("train", args.train_images), ("test", args.images))]

@@ -3,8 +3,8 @@
     python -m extras.slots --json results/scenes/slots-s0.json      # DINOSAUR at a small size
     python -m extras.slots --method kmeans --json FILE              # k-means of each image's tokens
 
-slots: slot attention (Locatello et al. 2020) on the frozen teacher's patch tokens, trained so that a
-decoder reconstructs these tokens from the slots, as in DINOSAUR (Seitzer et al. 2023):
+slots: slot attention (Locatello et al. 2020) on the frozen teacher's patch tokens, trained so that
+a decoder reconstructs these tokens from the slots, as in DINOSAUR (Seitzer et al. 2023):
 
     tokens (N, d) --slot attention--> slots (S, d) --MLP per slot and patch--> tokens_s, alpha_s
     reconstruction = sum over s of softmax_s(alpha)_s * tokens_s

@@ -66,7 +66,8 @@ def has_collapsed(figures):
 def rows(results, data_sets):
     """Yields a dictionary of KEYS (and knn_hits: see scoring.pack) for each run in results/ and
     number of symbols, and for each data set and seed one for the raw CLS, one for the CLS in the
-    space of `stable`. None: not measured, or without a meaning there. perplexity: the smallest of the positions read."""
+    space of `stable`. None: not measured, or without a meaning there. perplexity: the smallest
+    of the positions read."""
     seen = set()
     for data, path in ((data, path) for data in data_sets for path in sorted(
             [*results.glob(f"{data}/*/results.json"), *results.glob(f"{data}/*-s[0-9]*.json")])):

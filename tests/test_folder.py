@@ -194,7 +194,7 @@ def test_try_read_names_what_it_passes_over(tmp_path, capsys):
 
 def test_hidden_files_are_passed_over_in_silence_and_others_counted(tmp_path):
     for name in ("b/2.jpg", "b/1.JPEG", "a/x/3.png", "a-b/4.webp", "a/._3.png", "a/.DS_Store",
-                 "a/.ipynb_checkpoints/3.png", "notes.txt", "b/readme.TXT", "b/film.mp4", "LICENSE"):
+                 "a/.ipynb_checkpoints/3.png", "notes.txt", "b/readme.TXT", "b/film.mp4", "COPY"):
         (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / name).touch()
     root, names, labels, classes, ignored = folder.list_folder(tmp_path, "train")

@@ -67,7 +67,7 @@ def test_every_command_of_the_readme_is_accepted():
 def test_at_most_ten_differences_from_the_paper():
     rows = [line for line in README.split("## Differences")[1].split("\n## ")[0].splitlines()
             if line.startswith("| ")]
-    assert 5 < len(rows) - 1 <= 10                                              # without the heading
+    assert 5 < len(rows) - 1 <= 10                                          # without the heading
 
 
 def test_nothing_is_left_to_fill_in():

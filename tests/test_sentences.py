@@ -61,8 +61,8 @@ def test_phrases_need_objects_to_themselves():
     assert sentences.matched([{"colour": 0}, {"shape": 0}], things, names)  # the ring is red too
     assert not sentences.matched([{"shape": 0}, {"shape": 0}], things, names)
     assert not sentences.matched([{"colour": 0}] * 3, things, names)
-    assert sentences.matched([{"shape": 1, "row": 2}], [red_disc | {"row": 0}, red_ring | {"row": 2}],
-                             (*names, "row"))
+    in_rows = [red_disc | {"row": 0}, red_ring | {"row": 2}]
+    assert sentences.matched([{"shape": 1, "row": 2}], in_rows, (*names, "row"))
     factors = {name: torch.tensor([[red_disc[name], red_ring[name]]]) for name in names}
     factors |= {"column": torch.tensor([[0, 1]]), "row": torch.tensor([[0, 1]])}
     phrase = {"shape": 0, "column": 0, "row": 1}

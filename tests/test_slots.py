@@ -54,9 +54,9 @@ def world(monkeypatch):
 
 
 def run(method, path, *flags):
-    slots.run(slots.parse(["--method", method, "--image-size", "4", "--slots", "3", "--hidden", "32",
-                           "--batch-size", "32", "--device", "cpu", "--precision", "float32",
-                           "--json", str(path), *flags]))
+    slots.run(slots.parse(["--method", method, "--image-size", "4", "--slots", "3",
+                           "--hidden", "32", "--batch-size", "32", "--device", "cpu",
+                           "--precision", "float32", "--json", str(path), *flags]))
     return json.loads(path.read_text())
 
 

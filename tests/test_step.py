@@ -418,7 +418,8 @@ def test_a_step_stays_on_its_device(tiny_trainer, recipe, disc, monkeypatch):
     """The meta device stands in for a GPU: like one, it refuses to mix with tensors of the CPU."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     trainer = tiny_trainer("--recipe", recipe, "--disc", disc, "--views", "2", "--cache-views", "0")
-    student, z_t = trainer.student.to("meta"), torch.randn(6, 17, trainer.teacher.width, device="meta")
+    student = trainer.student.to("meta")
+    z_t = torch.randn(6, 17, trainer.teacher.width, device="meta")
     total, log = train.training_step(student, trainer.centering.to("meta"),
                                      student.preprocess(z_t), 0.07, trainer.args)
     assert {value.device.type for value in (total, *log.values())} == {"meta"}
