@@ -131,7 +131,8 @@ def given_names(text):
         elif isinstance(node, ast.Constant) and str(node.value).startswith("--"):
             yield node.value[2:].replace("-", "_")
         elif isinstance(node, ast.Dict):
-            yield from (key.value for key in node.keys if isinstance(key, ast.Constant))
+            keys = (getattr(key, "value", None) for key in node.keys)
+            yield from (key for key in keys if isinstance(key, str))
 
 
 @pytest.mark.parametrize("path", PROJECT, ids=lambda path: str(path.relative_to(ROOT)))

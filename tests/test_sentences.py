@@ -92,8 +92,8 @@ def test_the_command_on_a_checkpoint(tmp_path, capsys, monkeypatch):
     """An untrained student, whose symbols are of four patches; what there is, is written."""
     ckpt = tiny_checkpoint.save(tmp_path / "c.pt", "--data", "scenes", "--image-size", "8")
     out, record = tmp_path / "s.png", tmp_path / "s.json"
-    monkeypatch.setattr("sys.argv", ["sentences", str(ckpt), "--train-images", "60", "--images", "40",
-                                     "--count", "3", "--device", "cpu", "--out", str(out), "--json",
+    monkeypatch.setattr("sys.argv", ["sentences", str(ckpt), "--train-images", "60",
+                                     "--images", "40", "--count", "3", "--device", "cpu", "--out", str(out), "--json",
                                      str(record)])
     sentences.main()
     written = json.loads(record.read_text())
