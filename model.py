@@ -90,8 +90,7 @@ class CrossAttention(Attention):
         """Queries x (B, L, d), tokens (B, N, d) -> (B, L, d), attention maps (B, L, heads, N)."""
         w_k, w_v = self.to_kv.weight.unflatten(0, (2, self.heads, -1))      # (heads, d/heads, d)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)) * w_k.shape[1] ** -0.5
-        # einsum multiplies from left to right: q by W_k, and the mean of the tokens by W_v
-        maps = torch.einsum("blhe,hed,bnd->blhn", q, w_k, tokens).softmax(-1)
+        maps = torch.einsum("blhe,hed,bnd->blhn", q, w_k, tokens).softmax(-1)   # left to right
         y = torch.einsum("blhn,bnd,hed->blhe", maps, tokens, w_v).flatten(2)    # (B, L, d)
         return self.out(y + self.to_kv.bias.chunk(2)[1]), maps
 
@@ -168,8 +167,10 @@ class Descriptor(nn.Module):
     def start_state(self, z_t):
         """z_t (B, N+1, d) -> the state between positions: the tokens, each block's keys and values
         of the positions so far, and the maps of the deepest cross-attention."""
-        return {"tokens": z_t if self.attends_to_cls else z_t[:, 1:],
-                "kv_cache": [None] * len(self.blocks), "maps": []}
+        tokens = z_t if self.attends_to_cls else z_t[:, 1:]
+        if torch.is_autocast_enabled(z_t.device.type):      # once, and not in every product
+            tokens = tokens.to(torch.get_autocast_dtype(z_t.device.type))
+        return {"tokens": tokens, "kv_cache": [None] * len(self.blocks), "maps": []}
 
     def step(self, x, t, state):
         """The embedding x (B, d) of the symbol before -> the decoder's output (B, d) at t."""
@@ -202,8 +203,7 @@ class Interpreter(nn.Module):
     """E_S: encodes the prefixes of 1, 2, 4, ... T symbols; z_s^(n) is its CLS output (3.2).
 
     All prefixes lie side by side in one sequence, [CLS s1][CLS s1 s2][CLS s1 ... s4] ..., and a
-    block-diagonal mask keeps them apart: one pass instead of four, the same numbers.
-    """
+    block-diagonal mask keeps them apart: one pass instead of four, the same numbers."""
 
     def __init__(self, width, depth, heads, length):
         super().__init__()

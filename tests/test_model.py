@@ -196,7 +196,7 @@ def test_the_papers_teacher_projector_is_a_frozen_copy():
     assert torch.equal(student.projector.prototypes, student.teacher_projector.prototypes)
     assert student.projector.prototypes is not student.teacher_projector.prototypes
     z_t = torch.randn(B, N + 1, D)
-    assert student.preprocess(z_t) is z_t and student.extra_loss(None, None, z_t) == 0
+    assert student.preprocess(z_t) is z_t and student.extra_loss(None, z_t, z_t) == 0
     assert student.slow_parameters() == []
 
 
