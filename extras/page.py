@@ -2,6 +2,7 @@
 
     python -m extras.page RUN/ckpt.pt -o page.html
     python -m extras.page RUN/ckpt.pt --images 5000 --symbols 128       # surer figures, larger file
+    python -m extras.page RUN/ckpt.pt --concepts concepts.json      # with extras/falcon.py's words
 
 The page needs nothing else: its images are inside, and it has no script and needs no network. The
 lift compares the images that have a symbol with all images whose value (a class, a colour, ...) is
@@ -15,6 +16,7 @@ near-equal logits.
 import argparse
 import base64
 import io
+import json
 import math
 from functools import cached_property
 from html import escape
@@ -138,7 +140,9 @@ class Codes:
     """The codes of an ImageSet: ids (n, T) in 0..vocab-1, attention (n, T, N), and what the parts
     of the page derive from them."""
 
-    def __init__(self, ids, attention, image_set, vocab):
+    def __init__(self, ids, attention, image_set, vocab, concepts=None):
+        """concepts: symbol -> its words by extras/falcon.py, a string (see `read_concepts`)."""
+        self.concepts = concepts or {}
         self.ids, self.attention, self.image_set, self.vocab = ids, attention, image_set, vocab
         self.attributes, self.thumbs = attributes(image_set), {}
         self.names = visualize.class_names(image_set, torch.arange(len(ids)))   # n strings
@@ -200,6 +204,8 @@ def entry(code, symbol):
     examples = "".join(f"<div>{code.thumb(i)}{code.heat_map(i, t, THUMB)}</div>" for i in shown)
     rows = {name: top_values(chosen, attribute, VALUES)
             for name, attribute in code.attributes.items()}
+    if code.concepts:
+        rows["concepts"] = escape(code.concepts.get(symbol) or code.concepts.get((symbol, t), ""))
     rows["co-occurs with"] = ", ".join(
         f"{chip(s)} {m}" for s, m in co_occurrence(code.present, symbol, CO_OCCURRING))
     rows = "".join(f"<tr><th>{name}</th><td>{row}</td></tr>" for name, row in rows.items())
@@ -265,6 +271,26 @@ def tree(code):
     return f'<div class="tree">{"".join(parts)}</div>'
 
 
+def read_concepts(path, vocab):
+    """concepts.json of extras/falcon.py -> {symbol, or (symbol, position from 0) where they are by
+    position: "word × lift, ..."}. Raises ValueError for another file or vocabulary."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["vocab"] != vocab:
+            raise ValueError(f"its vocabulary is {stored['vocab']}, not {vocab}")
+        texts = {}
+        for row in stored["concepts"]:
+            if len(row["symbols"]) == 1:
+                t, symbol = divmod(row["symbols"][0], vocab)
+                top = list(row["top_words"].items())[:VALUES]
+                texts[(symbol, t) if stored["by_position"] else symbol] = ", ".join(
+                    f"{name} × {lift:.2f}" for name, (_, lift) in top)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--concepts {path} is not of extras.falcon for this checkpoint "
+                         f"({error})") from None
+    return texts
+
+
 # ---- the page and the command --------------------------------------------------------------------
 
 def build(code, run, source, metrics=None, symbols=64):
@@ -278,7 +304,8 @@ def build(code, run, source, metrics=None, symbols=64):
         perplexity=", ".join(f"{p:.0f}" for p in figures["perplexity"]),
         training=training(metrics) if metrics else "<p>No metrics.jsonl beside the checkpoint.</p>",
         samples=samples(code), symbol_table=symbol_table(code, symbols), tree=tree(code),
-        groups=GROUPS)
+        groups=GROUPS, concepts="" if not code.concepts else "Concepts are words by FALCON, with "
+        "their lift, without those that images of similar symbols have as well.")
 
 
 def run(args):
@@ -287,6 +314,7 @@ def run(args):
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
     config, teacher, student = checkpoint.load_model(args.checkpoint, args.device)
+    concepts = args.concepts and read_concepts(args.concepts, config["vocab"])
     folder, size = args.checkpoint.parent, config["image_size"]
     metrics = visualize.read_metrics(folder) if (folder / "metrics.jsonl").exists() else None
     source = args.data or config["data"]
@@ -294,7 +322,7 @@ def run(args):
     batches = counted("images described", len(image_set),
                       image_set.batches(torch.arange(len(image_set)).split(BATCH)))
     ids, attention = visualize.symbols_and_maps(teacher, student, batches, size)
-    html = build(Codes(ids, attention, image_set, config["vocab"]), folder.resolve().name,
+    html = build(Codes(ids, attention, image_set, config["vocab"], concepts), folder.resolve().name,
                  f"{args.split} images of {Path(source).name}", metrics, args.symbols)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(html, encoding="utf-8")
@@ -312,6 +340,8 @@ def main(argv=None):
     add("--images", type=int, default=2000, help="how many; with more the figures are surer")
     add("--symbols", type=int, default=64, help="symbols with a full entry; with more the file is "
         "larger")
+    add("--concepts", type=Path, metavar="FILE",
+        help="concepts.json of extras/falcon.py, whose words are added to each symbol")
     add("--data", help="take the images from here (default: the run's own data set)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     try:

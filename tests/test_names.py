@@ -82,7 +82,7 @@ PROJECT = sorted(path for pattern in ("*.py", "*.md", "extras/*.py", "extras/*.m
 COINED = re.compile(r"(?<![A-Za-z])(" + "|".join((
     "drafts?|drafted|gists?|bids?|ordered_like|local[_ ]axes|fit_axes|fit_space|draw_together",
     "unit[_ -]length|lengthen|mirrors?|anchors?|unexplained|unsaid|meant",
-    "says?|said|saying|asks?|asked|looks?|looked|knows?|forgets?|trusts?|tells?|told",
+    "says?|said|saying|asks?|asked|looks?|looked|knows?|forgets?|trusts|tells?|told",
     "Description|carriers?|of_mark|cls_mark|lowered|weigh|tempered|good_tau|pair_views",
     "centred?|centres|balance|usage_entropy|pictures?|rebuilt|anew|goes on|no number",
     "keeper|cut_log|patient|everyones|one_first|start_alike|COUNTERS|alarms|first_files",
