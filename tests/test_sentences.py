@@ -93,13 +93,13 @@ def test_the_command_on_a_checkpoint(tmp_path, capsys, monkeypatch):
     ckpt = tiny_checkpoint.save(tmp_path / "c.pt", "--data", "scenes", "--image-size", "8")
     out, record = tmp_path / "s.png", tmp_path / "s.json"
     monkeypatch.setattr("sys.argv", ["sentences", str(ckpt), "--train-images", "60",
-                                     "--images", "40", "--count", "3", "--device", "cpu", "--out", str(out), "--json",
-                                     str(record)])
+                                     "--images", "40", "--count", "3", "--device", "cpu",
+                                     "--out", str(out), "--json", str(record)])
     sentences.main()
     written = json.loads(record.read_text())
     assert written["images"] == 40 and written["measured"].keys() == written["other_scenes"].keys()
     assert 0 <= written["measured"]["complete"] <= written["measured"]["right"] < 0.5
     assert out.is_file() and "right_with_position" in capsys.readouterr().out
     ckpt = tiny_checkpoint.save(tmp_path / "c.pt")
-    with pytest.raises(SystemExit, match="sentences need a run on scenes"):
+    with pytest.raises(SystemExit, match="sentences need scenes"):
         sentences.main()
