@@ -215,22 +215,18 @@ def sections(rows):
     return texts | {"Speed of a training step": tables.speed_table(RESULTS)}
 
 
-def readme_tables(rows):
-    """Data set -> its table in README.md, where anything of it was run."""
-    for data, label in LABELS.items():
-        part, vocab = [r for r in rows if r["data"] == data], 128
-        names = {"CLS of the teacher": "cls", "CLS in the student's space": "cls-space",
-                 "residual k-means of the CLS": f"kmeans-{vocab}",
-                 "residual k-means in the student's space": f"kmeans-{vocab}-space",
-                 "VQ-VAE": f"vqvae-{vocab}"} | {
-            f"`{recipe}`, {disc}": f"{recipe}-{disc}-{vocab}"
-            for recipe in RECIPES for disc in DISCS}
-        if part:
-            text = tables.accuracy_table(part, names, tables.README_COLUMNS)
-            yield data, (
-                f"{label}, vocabulary of {vocab}. Accuracies are of 8 symbols; raw and space are "
-                "the relative k-NN accuracy of 1, 2, 4, 8 symbols, against the raw CLS and the CLS "
-                f"in the student's space; ± is the standard deviation over seeds.\n\n{text}")
+def readme_table(rows):
+    """The table in README.md."""
+    vocabs = (min(VOCABS), max(VOCABS))
+    names = {"CLS of the teacher": "cls", "CLS in the student's space": "cls-space",
+             f"residual k-means of the CLS, {vocabs[0]}": f"kmeans-{vocabs[0]}"} | {
+        f"{label}, {vocab}": f"{name.replace('*', str(vocab))}" for vocab in vocabs
+        for label, name in (
+            ("residual k-means in the space", "kmeans-*-space"), ("VQ-VAE", "vqvae-*"),
+            *((f"`{recipe}`, {disc}", f"{recipe}-{disc}-*")
+              for recipe in RECIPES for disc in DISCS))}
+    parts = {data: [r for r in rows if r["data"] == data] for data in DATA}
+    return tables.side_by_side(parts, names)
 
 
 def table(write, json_path):
@@ -239,7 +235,7 @@ def table(write, json_path):
     texts = sections(rows)
     if write:
         tables.fill(ROOT / "RESULTS.md", texts, NEW)
-        tables.fill(ROOT / "README.md", dict(readme_tables(rows)))
+        tables.fill(ROOT / "README.md", {"results": readme_table(rows)})
     else:
         print("\n".join(f"**{name}**\n\n{text}" for name, text in texts.items()))
     if json_path:

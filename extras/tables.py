@@ -142,7 +142,6 @@ def image_interval(rows, a, b):
 # Heading, key of a row, symbols, digits
 MAIN = [("k-NN top-1, %", "knn_top1", 8, 1), ("linear top-1, %", "linear_top1", 8, 1)]
 SPACE = [(f"space: {n}", "retention_space", n, 3) for n in PREFIXES]
-README_COLUMNS = [*MAIN, ("raw: 8", "retention_raw", 8, 3), *SPACE]
 COLUMNS = [("steps", "steps", 8, 0), *MAIN,
            *((f"raw: {n}", "retention_raw", n, 3) for n in PREFIXES), *SPACE,
            ("soft - hard, points", "soft_minus_hard", 8, 1),
@@ -156,16 +155,35 @@ def markdown(head, lines):
     return "".join(f"| {' | '.join(map(str, x))} |\n" for x in (head, ["---"] * len(head), *lines))
 
 
+def cell(rows, name, key, symbols, digits):
+    """One figure of an experiment: mean ± deviation over its seeds, "-" where there is none."""
+    values = [*by_seed(rows, name, key, symbols).values()]
+    if key == "collapsed" and values:
+        return f"{sum(values)} of {len(values)}"
+    return spread({*values} if key == "steps" else values, digits) if values else "-"
+
+
 def accuracy_table(rows, names, columns):
     """names: label -> experiment. A line for each that has rows."""
-    def cell(name, key, symbols, digits):
-        values = [*by_seed(rows, name, key, symbols).values()]
-        if key == "collapsed" and values:
-            return f"{sum(values)} of {len(values)}"
-        return spread({*values} if key == "steps" else values, digits) if values else "-"
     return markdown(["", "seeds", *(heading for heading, *_ in columns)], [
-        [label, len(by_seed(rows, name, "knn_top1")), *(cell(name, *c[1:]) for c in columns)]
+        [label, len(by_seed(rows, name, "knn_top1")), *(cell(rows, name, *c[1:]) for c in columns)]
         for label, name in names.items() if by_seed(rows, name, "knn_top1")])
+
+
+def side_by_side(parts, names):
+    """The short table of README.md. parts: label of a data set -> its rows; names: label of a line
+    -> experiment. The prefixes' means share a cell."""
+    def cells(rows, name):
+        prefixes = [by_seed(rows, name, "retention_space", n) for n in PREFIXES]
+        return [len(by_seed(rows, name, "knn_top1")), cell(rows, name, "knn_top1", 8, 1),
+                cell(rows, name, "retention_raw", 8, 3),
+                " / ".join(f"{statistics.mean(x.values()):.3f}" for x in prefixes if x) or "-"]
+    head = ["seeds", "k-NN top-1, %", "raw: 8", "space: 1 / 2 / 4 / 8"]
+    return markdown(["", *(f"{label}: {head[0]}" if i == 0 else x for label in parts
+                           for i, x in enumerate(head))],
+                    [[label, *(x for rows in parts.values() for x in cells(rows, name))]
+                     for label, name in names.items()
+                     if any(by_seed(rows, name, "knn_top1") for rows in parts.values())])
 
 
 def paired_table(rows, pairs):

@@ -173,7 +173,7 @@ def planted(place, monkeypatch):
             plant(place / "results", f"shapes/{name}-s{seed}", disc, raw | {"8": 0.6 + change})
     plant_kmeans(place / "results", "shapes/kmeans-128-s0.json", {"1": 0.5, "8": 0.75})
     (place / "README.md").write_text(
-        "before\n<!-- table: shapes -->\nold\n<!-- end of table: shapes -->\nafter\n")
+        "before\n<!-- table: results -->\nold\n<!-- end of table: results -->\nafter\n")
     return place
 
 
@@ -202,7 +202,7 @@ def test_write_and_json(planted, monkeypatch):
     assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
     assert [line.split(" | ")[0] for line in readme.splitlines() if line.startswith("| ")] == [
         "| ", "| ---", "| CLS of the teacher", "| CLS in the student's space",
-        "| residual k-means of the CLS", "| `stable`, softmax"]
+        "| residual k-means of the CLS, 128", "| `stable`, softmax, 128"]
     assert results.startswith(experiments.NEW) and "| stable-softmax-128-soft | 2 |" in results
     main(monkeypatch, "table", "--write")
     assert (planted / "RESULTS.md").read_text() == results
