@@ -1,6 +1,6 @@
 """Object segmentation from the teacher's patch tokens without symbols: slots, and k-means.
 
-    python -m extras.slots --json results/scenes/slots-s0.json      # DINOSAUR at a small size
+    python -m extras.slots --json slots-s0.json      # DINOSAUR at a small size
     python -m extras.slots --method kmeans --json FILE              # k-means of each image's tokens
 
 slots: slot attention (Locatello et al. 2020) on the frozen teacher's patch tokens, trained so that
@@ -171,7 +171,8 @@ def run(args):
     teacher = teachers.load_teacher(args.teacher).to(args.device)
     torch.manual_seed(args.seed)
     train, test = evaluate.load_splits(vars(args) | {"data": "scenes"})
-    tokens, record = Tokens(teacher, train, args), checkpoint.config_of(args)
+    tokens = Tokens(teacher, train, args)
+    record = {name: x for name, x in checkpoint.config_of(args).items() if name != "json"}
     if args.method == "slots":
         model, record["reconstruction_loss"] = fit(tokens, train, args)
         figures = score(lambda x: model(x)[1], tokens, test)
