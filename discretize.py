@@ -152,10 +152,10 @@ class VQ(Discretizer):
     tau scales the logits only, -|h - e|^2 / (2 d tau), which exploration terms use."""
 
     default_tau = default_tau_start = 1.0
+    beta = 0.25                 # van den Oord's, who find 0.1 to 2 to be alike
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
-        self.beta = args.vq_beta
         # unit variance, as h has; van den Oord's U(-1/K, 1/K) is far smaller than h
         self.codebook = nn.Parameter(torch.randn(vocab, width))                 # (K, d)
 
@@ -204,7 +204,7 @@ def main():
     print("One decoder output h through the three discretizers, K = 5 symbols, d = 4")
     print("h =", [round(x, 2) for x in h[0].tolist()])
     for name, disc in DISCRETIZERS.items():
-        disc = disc(4, 5, Namespace(tau=None, tau_start=None, straight_through=False, vq_beta=0.25,
+        disc = disc(4, 5, Namespace(tau=None, tau_start=None, straight_through=False,
                                     views=1))
         for hard in (False, True):
             out = disc(h, hard)

@@ -79,6 +79,8 @@ def network_flags(add):
         help="decoder blocks and heads; each block costs T sequential steps")
     add("--interpreter", type=network_shape, default="2x4", metavar="DEPTHxHEADS",
         help="encoder blocks and heads")
+    add("--attention", choices=["free", "own"], default="free",
+        help="own: each symbol attends to a place of its own, and gets nothing else (place.py)")
     add("--prototypes", type=int, default=1024,
         help="P, outputs of the projector; more for more varied data")
     add("--hidden", type=int, default=512,
@@ -106,8 +108,6 @@ def discretizer_flags(add):
     add("--straight-through", action=argparse.BooleanOptionalAction, default=False,
         help="one-hot forward, soft gradient; no: soft assignments in training, as in the paper, "
              "whose soft figures exceed hard ones")
-    add("--vq-beta", type=float, default=0.25, help="weight of vq's commitment loss. Raise when "
-        "the decoder's vectors run away from the codes")
 
 
 def loss_flags(add):

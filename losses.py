@@ -172,12 +172,6 @@ def set_schedule(optimizer, lr, weight_decay):
             group["weight_decay"] = weight_decay
 
 
-def cancel_last_layer_gradient(projector):
-    """DINO: the prototypes do not move in the first epoch, until the features have settled."""
-    if hasattr(projector, "prototypes"):
-        projector.prototypes.grad = None
-
-
 def main():
     torch.manual_seed(0)
     p_t = Centering(6, "center")(torch.randn(2, 3, 6), 0.5)

@@ -19,6 +19,7 @@ from torch import nn
 
 import discretize
 import distributed
+import place
 
 
 # ---- projectors P_T and P_S ----------------------------------------------------------------------
@@ -96,13 +97,13 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: `forward` for the interpreter, `decode` (cross=True) for D_S."""
+    """Pre-norm transformer block: `forward` for the interpreter, `decode` for D_S."""
 
-    def __init__(self, width, heads, cross=False):
+    def __init__(self, width, heads, cross=None):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         if cross:
-            self.norm_cross, self.cross = nn.LayerNorm(width), CrossAttention(width, heads)
+            self.norm_cross, self.cross = nn.LayerNorm(width), cross(width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
                                  nn.Linear(4 * width, width))
@@ -125,7 +126,7 @@ class Block(nn.Module):
         if kv_cache is not None:
             kv = [torch.cat(pair, 2) for pair in zip(kv_cache, kv)]
         x = x + self.attention(h, *kv)
-        y, maps = self.cross(self.norm_cross(x), tokens)
+        y, maps = self.cross(self.norm_cross(x), tokens) if hasattr(self, "cross") else (0, None)
         x = x + y
         return x + self.mlp(self.norm2(x)), kv, maps
 
@@ -139,6 +140,7 @@ class Sequence(NamedTuple):
     aux: torch.Tensor                       # () the discretizer's own loss, mean over positions
     attention: torch.Tensor | None = None   # (B, T, N) over the patches, rows sum to 1
     cls_pred: torch.Tensor | None = None    # (B, T, d), of stable.py
+    shares: torch.Tensor | None = None      # (B, T, N), of place.py: windows of what was left
 
     @classmethod
     def stack(cls, quantized, *rest):
@@ -153,12 +155,13 @@ class Descriptor(nn.Module):
 
     attends_to_cls = True
 
-    def __init__(self, width, depth, heads, length):
+    def __init__(self, width, depth, heads, length, own=False):
         super().__init__()
-        self.length = length
+        self.length, self.own, self.attends_to_cls = length, own, self.attends_to_cls and not own
         self.start = nn.Parameter(torch.randn(width) * START_STD)
         self.position = nn.Parameter(torch.randn(length, width) * START_STD)
-        self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
+        kinds = [None] * (depth - 1) + [place.PlaceAttention] if own else [CrossAttention] * depth
+        self.blocks = nn.ModuleList(Block(width, heads, kind) for kind in kinds)
         # BatchNorm, one per position, and not LayerNorm (our choice): it removes what images have
         # in common, which would decide the symbol: README's differences have the measured runs.
         self.norms = nn.ModuleList(
@@ -168,7 +171,9 @@ class Descriptor(nn.Module):
         """z_t (B, N+1, d) -> the state between positions: the tokens, each block's keys and values
         of the positions so far, and the maps of the deepest cross-attention."""
         tokens = z_t if self.attends_to_cls else z_t[:, 1:]
-        if torch.is_autocast_enabled(z_t.device.type):      # once, and not in every product
+        if self.own:
+            tokens = self.blocks[-1].cross.start_state(tokens)
+        elif torch.is_autocast_enabled(z_t.device.type):    # once, and not in every product
             tokens = tokens.to(torch.get_autocast_dtype(z_t.device.type))
         return {"tokens": tokens, "kv_cache": [None] * len(self.blocks), "maps": []}
 
@@ -242,7 +247,8 @@ class Student(nn.Module):
     def __init__(self, args, width):
         """Raises ValueError for sizes that do not fit."""
         super().__init__()
-        self.descriptor = self.descriptor_class(width, *args.descriptor, args.length)
+        self.descriptor = self.descriptor_class(width, *args.descriptor, args.length,
+                                                args.attention == "own")
         self.interpreter = Interpreter(width, *args.interpreter, args.length)
         for module in (*self.descriptor.modules(), *self.interpreter.modules()):
             # Our choice, because PyTorch's default shrinks the variance to a third in each layer
@@ -295,7 +301,8 @@ def main():
     torch.manual_seed(0)
     student = Student(argparse.Namespace(
         disc="softmax", vocab=128, tau=None, tau_start=None, straight_through=False, length=8,
-        descriptor=(2, 4), interpreter=(2, 4), prototypes=1024, hidden=512, views=1), 128)
+        descriptor=(2, 4), interpreter=(2, 4), prototypes=1024, hidden=512, views=1,
+        attention="free"), 128)
     z_t = torch.randn(16, 65, 128)
     sequence = student.describe(z_t, attention=True)
     z_s = student.interpret(sequence.embeddings)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import discretize
+import place
 from model import Descriptor, Sequence, Student
 from progress import Progress, counted
 
@@ -125,8 +126,8 @@ class KMeansPrototypes(nn.Module):
 class StableDescriptor(Descriptor):
     """The paper's decoder; its output becomes a prediction of the CLS."""
 
-    def __init__(self, width, depth, heads, length):
-        super().__init__(width, depth, heads, length)
+    def __init__(self, width, depth, heads, length, own=False):
+        super().__init__(width, depth, heads, length, own)
         self.cls_head = nn.Linear(width, width)
 
     def forward(self, z_t, disc, hard=False, attention=False):
@@ -142,8 +143,9 @@ class StableDescriptor(Descriptor):
             codewords = codewords + x
             quantized.append(q)
             cls_preds.append(cls_pred)
-        maps = self.attention_maps(state) if attention else None
-        return Sequence.stack(quantized, maps, torch.stack(cls_preds, 1))
+        maps = self.attention_maps(state) if attention or self.own else None
+        shares = torch.stack(state["tokens"]["shares"], 1) if self.own else None
+        return Sequence.stack(quantized, maps, torch.stack(cls_preds, 1), shares)
 
 
 class StableStudent(Student):
@@ -178,7 +180,9 @@ class StableStudent(Student):
                                  f"{getattr(args, name)}")
         self.args = args
         nn.init.zeros_(self.interpreter.out.weight)         # no correction at first
-        self.descriptor.attends_to_cls = args.memory == "all"
+        self.descriptor.attends_to_cls = args.memory == "all" and args.attention == "free"
+        if args.attention == "own":
+            self.background = nn.Parameter(torch.zeros(width))
         self.register_buffer("mean", torch.zeros(2, width))                 # of CLS, of patches
         self.register_buffer("std", torch.ones(width))                      # of patches
         self.register_buffer("whiten", torch.eye(width))                    # of CLS
@@ -217,8 +221,15 @@ class StableStudent(Student):
         """Feature regression: mean squared errors, in units of the CLS's own variance."""
         cls = z_t[:, :1]                                                    # (B, 1, d)
         error = (z_s.float() - cls).square().mean()
-        return self.args.regression * (
+        loss = self.args.regression * (
             error + CLS_PRED_WEIGHT * (sequence.cls_pred - cls).square().mean())
+        if self.args.attention == "own":
+            patches, own = z_t[:, 1:].float(), self.descriptor.blocks[-1].cross
+            loss = loss + place.place_loss(sequence.attention, sequence.shares, patches,
+                                           self.background)
+            loss = loss + place.POINTING * own.pointing_loss(sequence.embeddings, sequence.shares,
+                                                             patches)
+        return loss
 
     # ---- before the first step -------------------------------------------------------------------
 

@@ -110,8 +110,8 @@ class Trainer:
         distributed.average_gradients(student)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
-        if step < self.steps_per_epoch < self.steps:
-            losses.cancel_last_layer_gradient(student.projector)        # in the first epoch of many
+        if step < self.steps_per_epoch < self.steps and hasattr(student.projector, "prototypes"):
+            student.projector.prototypes.grad = None        # DINO: not in the first epoch of many
         self.scaler.step(self.optimizer)
         self.scaler.update()
         losses.ema_update(student.teacher_projector, student.projector,

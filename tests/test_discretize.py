@@ -209,14 +209,14 @@ def test_vq_copies_the_gradient():
 
 def test_vq_loss_is_equation_3():
     """Nearest codes (0, 0) and (3, 2): squared errors 1, 0, 0, 4, whose mean is 1.25."""
-    disc = make("vq", width=2, vocab=2, vq_beta=0.5)
+    disc = make("vq", width=2, vocab=2)
     disc.codebook.data = torch.tensor([[0.0, 0.0], [3.0, 2.0]])
     h = torch.tensor([[1.0, 0.0], [3.0, 4.0]], requires_grad=True)
     aux = disc(h).aux
-    assert aux.item() == pytest.approx(1.25 + 0.5 * 1.25)
+    assert aux.item() == pytest.approx(1.25 + 0.25 * 1.25)
     aux.backward()
     difference = torch.tensor([[1.0, 0.0], [0.0, 2.0]])                     # h - e
-    assert torch.allclose(h.grad, 0.5 * 2 * difference / 4)                 # by the commitment
+    assert torch.allclose(h.grad, 0.25 * 2 * difference / 4)                 # by the commitment
     assert torch.allclose(disc.codebook.grad, -2 * difference / 4)
 
 

@@ -266,15 +266,6 @@ def test_slow_parameters_have_their_own_rate_and_no_decay():
     assert all(close(p, b - 0.125) for p, b in zip(slow, before))
 
 
-def test_the_last_layer_rests_where_there_is_one_to_learn():
-    learned, fixed = nn.Module(), nn.Module()
-    learned.prototypes, learned.other = (nn.Parameter(torch.ones(2)) for _ in range(2))
-    (learned.prototypes + learned.other).sum().backward()
-    losses.cancel_last_layer_gradient(learned)
-    losses.cancel_last_layer_gradient(fixed)                        # k-means prototypes: nothing
-    assert learned.prototypes.grad is None and learned.other.grad is not None
-
-
 # ---- the script ----------------------------------------------------------------------------------
 
 def test_the_script_prints_a_loss_that_its_terms_add_up_to(capsys):
