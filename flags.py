@@ -80,7 +80,7 @@ def network_flags(add):
     add("--interpreter", type=network_shape, default="2x4", metavar="DEPTHxHEADS",
         help="encoder blocks and heads")
     add("--attention", choices=["free", "own"], default="free",
-        help="own: each symbol attends to a place of its own, and gets nothing else (place.py)")
+        help="own: each symbol attends to another place, and gets nothing else (place.py)")
     add("--prototypes", type=int, default=1024,
         help="P, outputs of the projector; more for more varied data")
     add("--hidden", type=int, default=512,

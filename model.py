@@ -160,8 +160,8 @@ class Descriptor(nn.Module):
         self.length, self.own, self.attends_to_cls = length, own, self.attends_to_cls and not own
         self.start = nn.Parameter(torch.randn(width) * START_STD)
         self.position = nn.Parameter(torch.randn(length, width) * START_STD)
-        kinds = [None] * (depth - 1) + [place.PlaceAttention] if own else [CrossAttention] * depth
-        self.blocks = nn.ModuleList(Block(width, heads, kind) for kind in kinds)
+        crosses = [None] * (depth - 1) + [place.PlaceAttention] if own else [CrossAttention] * depth
+        self.blocks = nn.ModuleList(Block(width, heads, cross) for cross in crosses)
         # BatchNorm, one per position, and not LayerNorm (our choice): it removes what images have
         # in common, which would decide the symbol: README's differences have the measured runs.
         self.norms = nn.ModuleList(

@@ -1,4 +1,4 @@
-"""--attention own: each symbol attends to a place of its own, and gets nothing else of the image.
+"""--attention own: each symbol attends to another place, and gets nothing else of the image.
 
 For position t, with patch tokens z_i, decoder state x_t and s_1 = 1:
 
@@ -9,16 +9,16 @@ For position t, with patch tokens z_i, decoder state x_t and s_1 = 1:
 
 The window is local attention (Luong et al. 2015, equation 10); what is left is stick-breaking, as
 in MONet (Burgess et al. 2019) and GENESIS-V2 (Engelcke et al. 2021), to the end of coverage (Tu et
-al. 2016): no two symbols are about one place. After PLACES symbols all is left again, so that more
-symbols say more about as many places. There is one map, in the last block, and the CLS is not among
-the tokens: between positions nothing passes but symbols and what is left.
+al. 2016): no two symbols are about one place. After PLACES symbols all is left again, so that
+further symbols refine the same places. There is one map, in the last block, and the CLS is not
+among the tokens: between positions nothing passes but symbols and what is left.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 SIGMA = 0.2         # of the window, in sides of the image (our choice)
-PLACES = 4          # our choice, as many as `scenes` has objects
+PLACES = 4          # our choice: the number of objects that `scenes` has at most
 POINTING = 0.3      # weight of the loss of pointing (our choice; that of places has 1)
 LEAST = 1e-6        # of what is left, and of a window, so that logarithms are finite
 
@@ -26,8 +26,8 @@ LEAST = 1e-6        # of what is left, and of a window, so that logarithms are f
 def windows(patches, device=None):
     """-> (N, N) in 0..1: row r is the window around patch r of a square grid of N patches."""
     axis = torch.arange(round(patches ** 0.5), device=device) / patches ** 0.5
-    place = torch.cartesian_prod(axis, axis)                                    # (N, 2)
-    return (-torch.cdist(place, place).square() / (2 * SIGMA**2)).exp()
+    grid = torch.cartesian_prod(axis, axis)                                     # (N, 2)
+    return (-torch.cdist(grid, grid).square() / (2 * SIGMA**2)).exp()
 
 
 class PlaceAttention(nn.Module):
@@ -37,7 +37,8 @@ class PlaceAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.to_q, self.out, self.listen = (nn.Linear(width, width) for _ in range(3))
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(),
+                                 nn.Linear(2 * width, width))
         self.deep = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
                                   nn.Linear(4 * width, width))
 
@@ -65,9 +66,9 @@ class PlaceAttention(nn.Module):
         return y + self.deep(x + y), maps
 
     def pointing_loss(self, embeddings, shares, tokens):
-        """A symbol must say which place of its image it is about: the cross-entropy of its share,
+        """A symbol must identify its place in its image: the cross-entropy of its share,
         as a distribution, with softmax_i <P e_t, z_i> / d^0.5, the patches that match its embedding
-        alone (what a listener would attend to). embeddings (B, T, d), shares (B, T, N), tokens
+        alone, without the decoder. embeddings (B, T, d), shares (B, T, N), tokens
         (B, N, d)."""
         scores = self.listen(embeddings) @ tokens.transpose(1, 2) * tokens.shape[-1] ** -0.5
         target = shares.detach() / shares.detach().sum(-1, keepdim=True)
@@ -75,17 +76,17 @@ class PlaceAttention(nn.Module):
 
 
 def place_loss(maps, shares, tokens, background):
-    """A place must be of one thing: the squared error of the patch tokens z (B, N, d), rebuilt from
-    the mean token v_t of each place and one vector b (d,) for what is left of the image,
+    """A place must be of one thing: the squared error of the patch tokens z (B, N, d) when they are
+    reconstructed from the mean token v_t of each place and one vector b (d,) for what is left,
 
         z_i ~ sum_t m_t(i) v_t + (1 - sum_t m_t(i)) b,     v_t = sum_i a_t(i) z_i
 
     with maps a and shares m (B, T, N): soft k-means of the patch tokens, which DINOSAUR (Seitzer et
-    al. 2023) rebuilds too. Patches weigh as |z_i|^2: the plain background's are short. Mean over
-    rounds of PLACES symbols, in units of the tokens' own mean square."""
+    al. 2023) reconstructs too. A patch has the weight |z_i|^2: those of a plain background are
+    short. Mean over rounds of PLACES symbols, in units of the tokens' mean square."""
     weight, errors = tokens.square().mean(-1), []
     for a, m in zip(maps.split(PLACES, 1), shares.split(PLACES, 1)):
         rest = 1 - m.sum(1)                                                     # (B, N)
-        rebuilt = m.transpose(1, 2) @ (a @ tokens) + rest[..., None] * background
-        errors.append((weight * (rebuilt - tokens).square().mean(-1)).mean() / weight.mean())
+        estimate = m.transpose(1, 2) @ (a @ tokens) + rest[..., None] * background
+        errors.append((weight * (estimate - tokens).square().mean(-1)).mean() / weight.mean())
     return torch.stack(errors).mean()
