@@ -194,7 +194,7 @@ class Descriptor(nn.Module):
         return maps
 
     def forward(self, z_t, disc, hard=False, attention=False):
-        """z_t (B, N+1, d) -> Sequence. The next input is the symbol's embedding, in training too."""
+        """z_t (B, N+1, d) -> Sequence. The symbol's embedding is the next input."""
         state, quantized = self.start_state(z_t), []
         x = self.start.expand(len(z_t), -1)                                     # (B, d)
         for t in range(self.length):
