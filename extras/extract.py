@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import evaluate
+import flags
 import scoring
 from progress import Progress
 
@@ -89,7 +90,7 @@ def auroc_interval(high, low, times=200, seed=0):
 def parser(name, text):
     """Their common flags."""
     p = argparse.ArgumentParser(prog=f"python -m extras.{name}", description=text,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=flags.HelpFormatter)
     add = p.add_argument
     add("checkpoint", type=Path, help="RUN/ckpt.pt, written by train.py")
     add("--data", help="another data set than the run's")
