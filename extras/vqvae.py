@@ -105,7 +105,7 @@ def parse(argv=None):
                                 formatter_class=flags.HelpFormatter)
     baselines.add_flags(p.add_argument)
     flags.discretizer_flags(p.add_argument)
-    p.set_defaults(disc="vq")
+    p.set_defaults(disc="vq", views=1)
     add = p.add_argument_group("VQ-VAE").add_argument
     add("--width", type=int, default=64,
         help="channels; more reconstruct better, in time that grows as the square")

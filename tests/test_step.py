@@ -417,6 +417,7 @@ if __name__ == "__main__":
 def test_a_step_stays_on_its_device(tiny_trainer, recipe, disc, monkeypatch):
     """The meta device stands in for a GPU: like one, it refuses to mix with tensors of the CPU."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     trainer = tiny_trainer("--recipe", recipe, "--disc", disc, "--views", "2", "--cache-views", "0")
     student = trainer.student.to("meta")
     z_t = torch.randn(6, 17, trainer.teacher.width, device="meta")
