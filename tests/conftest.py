@@ -16,6 +16,7 @@ import flags
 import shapes
 import teachers
 import train
+from progress import Progress
 
 TINY = """--train-images 80 --test-images 40 --batch-size 16 --image-size 8 --vocab 8
     --prototypes 16 --hidden 32 --descriptor 1x4 --interpreter 1x4 --epochs 2 --knn-every 0
@@ -31,6 +32,13 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """What a script prints must not depend on how slow the machine is: no line of progress is due
+    (in this process; test_progress.py sets its own time)."""
+    monkeypatch.setattr(Progress, "last_output", float("inf"))
 
 
 @pytest.fixture
