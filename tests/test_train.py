@@ -416,6 +416,7 @@ def test_each_stage_that_grows_with_the_data_has_its_progress(tiny, monkeypatch,
     """At the default size each takes longer than five seconds on some machine, and a batch, chunk
     or iteration of it less. Here all outputs are shown that may be."""
     monkeypatch.setattr(progress, "FILE_SECONDS", 0)
+    monkeypatch.setattr(progress.Progress, "last_output", None)
     run(tiny("--epochs", "1", "--knn-every", "1", "--neighbours", "2"))
     lines = re.findall(r"(.*): (\d+)/(\d+)", capsys.readouterr().out)
     assert {what for what, _, _ in lines} == STAGES
