@@ -2,15 +2,15 @@
 
     softmax   s_q = softmax(W h / tau)                         soft, sharp for a small tau
     gumbel    s_q = softmax((W h + g) / tau), g ~ Gumbel(0,1)  a soft sample; noise in training only
-    vq        s_q = argmin_k |h - e_k|                         nearest code, gradient copied past it
+    vq        s_q = e_k, k = argmin_k |h - e_k|                nearest code, gradient copied past it
 
     python discretize.py                          # one vector h through all three, with gradients
-    python train.py --disc gumbel --tau 0.5
+    python train.py --disc gumbel --tau-start 2 --tau 0.5       # annealed; --tau alone: constant
     python train.py --disc vq --vocab 256
 
 To add one, write a class and its entry in DISCRETIZERS (README: "Add a discretizer").
-h (B, d): the decoder's output at one position, for B images times views of width d; K: vocabulary.
-The paper's s_s is W h for softmax and gumbel, and h for vq. (3.2) is its section.
+h (B, d): the decoder's output at one position; B: images times views, d: width, K: vocabulary. The
+paper's s_s is W h for softmax and gumbel, h for vq; E_S reads s_q @ codebook. (3.2) is its section.
 """
 import math
 from argparse import Namespace
@@ -26,7 +26,7 @@ import distributed
 # = K / 3: not uniform (all images embed to one mean vector), not one-hot (no other symbol gets a
 # gradient). Our choice: the paper names none.
 SPREAD = 1.5
-# That of the position embeddings, to which the symbols' are added (our choice).
+# That of symbols' embeddings (vq: 1), start token, CLS token and positions (our choice).
 EMBEDDING_STD = 0.3
 
 
@@ -106,11 +106,11 @@ class Softmax(Discretizer):
         return logits.softmax(-1)
 
     def choose(self, logits, h, hard):
-        soft = logits if hard else self.soft_assignment(logits)
-        ids = soft.argmax(-1)                                            # (B,)
-        weights = F.one_hot(ids, self.vocab).float() if hard or self.straight_through else soft
+        scores = logits if hard else self.soft_assignment(logits)
+        ids = scores.argmax(-1)                                          # (B,)
+        weights = F.one_hot(ids, self.vocab).float() if hard or self.straight_through else scores
         if self.straight_through and not hard:
-            weights = weights + (soft - soft.detach())  # adds exactly 0, and the softmax's gradient
+            weights = weights + (scores - scores.detach())      # adds 0, and the softmax's gradient
         return Quantized(weights, weights @ self.codebook, ids, h.new_zeros(()), logits)
 
     @torch.no_grad()
@@ -133,12 +133,12 @@ class Gumbel(Softmax):
 
     default_tau_start, default_tau = 2.0, 0.5       # annealed: the base strategy of section 3.4
     logits_use_tau = False            # they are W h
-    init_sharpness = 30.0       # far above the std of Gumbel noise, 1.28 (our choice)
+    init_sharpness = 30.0       # `stable`: far above the noise's std, 1.28, so it rarely decides
     noisy = True                # --explore switch ends it: see `anneal`
 
     def soft_assignment(self, logits):
         if self.training and self.noisy:
-            shape = distributed.world_size() * len(logits), self.vocab   # of all ranks: -log Exp(1)
+            shape = distributed.world_size() * len(logits), self.vocab      # of all ranks
             noise = -distributed.shard(logits.new_empty(shape).exponential_(), self.views).log()
             logits = logits + noise
         return (logits / self.tau).softmax(-1)
@@ -156,7 +156,7 @@ class VQ(Discretizer):
 
     def __init__(self, width, vocab, args):
         super().__init__(width, vocab, args)
-        # unit variance, as h has; van den Oord's U(-1/K, 1/K) is far smaller than h
+        # unit variance, as h has; the U(-1/K, 1/K) of common VQ-VAE code is far smaller than h
         self.codebook = nn.Parameter(torch.randn(vocab, width))                 # (K, d)
 
     def logits(self, h):
@@ -190,8 +190,8 @@ def build(args, width):
 
 def anneal(module, progress, explore="base"):
     """Sets the temperature of all discretizers in `module` at `progress` in 0..1, from --tau-start
-    to --tau: start (end / start)^progress, as Jang et al. 2017, because 1 / tau, which acts, then
-    grows by one factor in every epoch. explore = "switch": gumbel's noise ends half-way."""
+    to --tau: start (end / start)^progress, as Jang et al. 2017, so that 1 / tau grows by the
+    same factor in every epoch. explore = "switch": gumbel's noise ends half-way."""
     for disc in module.modules():
         if isinstance(disc, Discretizer):
             disc.tau = disc.start_tau * (disc.final_tau / disc.start_tau) ** progress

@@ -81,8 +81,8 @@ def view_targets(p_t, views, pairing):
 
 
 def dino_loss(p_t, logits, temperature, pairing):
-    """p_t (V, B, P), student logits (..., views, B, P) -> H(p_t, p_s) in nats, mean over images and
-    views (...): a scalar, or (D,) for the logits (D, V, B, P) of D prefixes."""
+    """p_t (V, B, P), student logits (..., views, B, P) -> H(p_t, p_s) in nats, averaged over images
+    and views, of shape (...): (), or (D,) for the logits (D, V, B, P) of D prefixes."""
     log_p_s = F.log_softmax(logits.float() / temperature, dim=-1)
     return -(view_targets(p_t, logits.shape[-3], pairing) * log_p_s).sum(-1).mean(-1).mean(-1)
 
@@ -112,7 +112,7 @@ def entropy(p, dim=-1):
 
 
 def symbol_entropy(logits):
-    """H(p): mean entropy, in nats, of softmax(logits), the predicted symbols; logits (B, T, K)."""
+    """H(p): mean entropy, in nats, of softmax(logits (B, T, K)): of s_s / tau, gumbel: s_s."""
     return entropy(F.softmax(logits.float(), dim=-1)).mean()
 
 

@@ -7,7 +7,8 @@
 
 Teacher (E_T, teachers.py): a frozen ViT with DINO weights. Student: descriptor (D_S), discretizer
 (discretize.py), interpreter (E_S) and projector (P_S). P_T, the teacher's projector, is the EMA of
-P_S. B: images times views, N: patches, d: width, T: symbols, K: vocabulary, D: prefixes.
+P_S. B: images times views, N: patches, M: N + 1 tokens with the CLS, or N, d: width, L: queries,
+T: symbols, K: vocabulary, D: prefixes.
 """
 import argparse
 import copy
@@ -25,7 +26,7 @@ import place
 # ---- projectors P_T and P_S ----------------------------------------------------------------------
 
 class DINOHead(nn.Module):
-    """Projector P: 3-layer MLP with GELU, bottleneck, L2-normalise, cosine to P prototypes
+    """Projector (P_T, P_S): 3-layer MLP with GELU, bottleneck, L2-normalise, cosine to P prototypes
     (DINO's weight-normalised last layer with its gain fixed at 1). (..., d) -> (..., P),
     values in [-1, 1]."""
 
@@ -51,11 +52,6 @@ class DINOHead(nn.Module):
 
 
 # ---- student: D_S, discretizer, E_S, P_S ---------------------------------------------------------
-
-# Standard deviation of start token, CLS and positions at initialisation: that of the symbols'
-# embeddings (discretize.EMBEDDING_STD), so that both have equal variance (vq's codebook: 1).
-START_STD = 0.3
-
 
 class Attention(nn.Module):
     """Multi-head attention with keys and values apart from the queries, for the decoder's cache."""
@@ -85,13 +81,14 @@ class Attention(nn.Module):
 class CrossAttention(Attention):
     """Attention of few queries to many tokens z_n that makes no keys and values of the tokens:
         <q, W_k z_n + b_k> = <W_k^T q, z_n> + const     sum_n a_n (W_v z_n + b_v) = W_v m + b_v
-    m = sum_n a_n z_n. Our choice: for T < N queries these are fewer operations than keys of N."""
+    m = sum_n a_n z_n; the softmax drops const. Our choice: fewer operations than with keys of M for
+    T < M d / (d + (heads - 1) M) queries, 25 at the small size."""
 
     def forward(self, x, tokens):
-        """Queries x (B, L, d), tokens (B, N, d) -> (B, L, d), attention maps (B, L, heads, N)."""
+        """Queries x (B, L, d), tokens (B, M, d) -> (B, L, d), attention maps (B, L, heads, M)."""
         w_k, w_v = self.to_kv.weight.unflatten(0, (2, self.heads, -1))      # (heads, d/heads, d)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)) * w_k.shape[1] ** -0.5
-        maps = torch.einsum("blhe,hed,bnd->blhn", q, w_k, tokens).softmax(-1)   # left to right
+        maps = torch.einsum("blhe,hed,bnd->blhn", q, w_k, tokens).softmax(-1)
         y = torch.einsum("blhn,bnd,hed->blhe", maps, tokens, w_v).flatten(2)    # (B, L, d)
         return self.out(y + self.to_kv.bias.chunk(2)[1]), maps
 
@@ -99,11 +96,11 @@ class CrossAttention(Attention):
 class Block(nn.Module):
     """Pre-norm transformer block: `forward` for the interpreter, `decode` for D_S."""
 
-    def __init__(self, width, heads, cross=None):
+    def __init__(self, width, heads, cross=False):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         if cross:
-            self.norm_cross, self.cross = nn.LayerNorm(width), cross(width, heads)
+            self.norm_cross, self.cross = nn.LayerNorm(width), CrossAttention(width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
                                  nn.Linear(4 * width, width))
@@ -118,9 +115,9 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def decode(self, x, tokens, kv_cache):
-        """One position x (B, 1, d) of the decoder. tokens (B, N, d): the teacher's; kv_cache: keys
+        """One position x (B, 1, d) of the decoder. tokens (B, M, d): the teacher's; kv_cache: keys
         and values of the earlier positions, or None. -> x, the cache with this position's, and the
-        maps of the cross-attention (B, 1, heads, N)."""
+        maps of the cross-attention (B, 1, heads, M)."""
         h = self.norm1(x)
         kv = self.attention.keys_values(h)
         if kv_cache is not None:
@@ -158,10 +155,10 @@ class Descriptor(nn.Module):
     def __init__(self, width, depth, heads, length, own=False):
         super().__init__()
         self.length, self.own, self.attends_to_cls = length, own, self.attends_to_cls and not own
-        self.start = nn.Parameter(torch.randn(width) * START_STD)
-        self.position = nn.Parameter(torch.randn(length, width) * START_STD)
-        crosses = [None] * (depth - 1) + [place.PlaceAttention] if own else [CrossAttention] * depth
-        self.blocks = nn.ModuleList(Block(width, heads, cross) for cross in crosses)
+        self.start = nn.Parameter(torch.randn(width) * discretize.EMBEDDING_STD)
+        self.position = nn.Parameter(torch.randn(length, width) * discretize.EMBEDDING_STD)
+        self.blocks = nn.ModuleList(Block(width, heads, not own) for _ in range(depth))
+        self.place_attention = place.PlaceAttention(width) if own else None
         # BatchNorm, one per position, and not LayerNorm (our choice): it removes what images have
         # in common, which would decide the symbol: README's differences have the measured runs.
         self.norms = nn.ModuleList(
@@ -172,7 +169,7 @@ class Descriptor(nn.Module):
         of the positions so far, and the maps of the deepest cross-attention."""
         tokens = z_t if self.attends_to_cls else z_t[:, 1:]
         if self.own:
-            tokens = self.blocks[-1].cross.start_state(tokens)
+            tokens = self.place_attention.start_state(tokens)
         elif torch.is_autocast_enabled(z_t.device.type):    # once, and not in every product
             tokens = tokens.to(torch.get_autocast_dtype(z_t.device.type))
         return {"tokens": tokens, "kv_cache": [None] * len(self.blocks), "maps": []}
@@ -182,6 +179,8 @@ class Descriptor(nn.Module):
         x = (x + self.position[t])[:, None]                                     # (B, 1, d)
         for i, block in enumerate(self.blocks):
             x, state["kv_cache"][i], maps = block.decode(x, state["tokens"], state["kv_cache"][i])
+        if self.own:
+            x, maps = self.place_attention(x, state["tokens"])
         state["maps"].append(maps)
         return self.norms[t](x[:, 0].float())
 
@@ -212,8 +211,8 @@ class Interpreter(nn.Module):
     def __init__(self, width, depth, heads, length):
         super().__init__()
         self.lengths = [2**j for j in range(length.bit_length())]
-        self.cls = nn.Parameter(torch.randn(1, 1, width) * START_STD)
-        self.position = nn.Parameter(torch.randn(length, width) * START_STD)
+        self.cls = nn.Parameter(torch.randn(1, 1, width) * discretize.EMBEDDING_STD)
+        self.position = nn.Parameter(torch.randn(length, width) * discretize.EMBEDDING_STD)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
         prefix = torch.cat([torch.full((n + 1,), n) for n in self.lengths])
@@ -266,8 +265,8 @@ class Student(nn.Module):
         projector = DINOHead(width, args.prototypes, args.hidden)
         return projector, copy.deepcopy(projector).requires_grad_(False)
 
-    def fit(self, encode):
-        """Called once before step 1. encode(n, augmented=False) yields z_t (b, N+1, d) of the
+    def fit(self, first_tokens):
+        """Called once before step 1. first_tokens(n, augmented=False) yields z_t (b, N+1, d) of the
         first n training images."""
 
     def slow_parameters(self):
@@ -307,13 +306,13 @@ def main():
     z_s = student.interpret(sequence.embeddings)
     for symbol, what, value in (
             ("z_t = E_T(x)", "teacher's tokens, CLS first", z_t),
-            ("p_t = P_T(z_t[CLS])", "logits of P prototypes", student.teacher_projector(z_t[:, 0])),
-            ("s_s = D_S(z_t)", "logits of K symbols at T positions", sequence.logits),
+            ("P_T(z_t[CLS])", "logits of P prototypes", student.teacher_projector(z_t[:, 0])),
+            ("s_s / tau, s_s = D_S(z_t)", "logits of K symbols at T positions", sequence.logits),
             ("s_q = softmax(s_s / tau)", "weights of the K symbols", sequence.weights),
             ("", "symbols (argmax)", sequence.ids),
             ("", "attention maps over N patches", sequence.attention),
             ("z_s^(n) = E_S(s_q^[n])", "for prefixes n = 1, 2, 4, 8", z_s),
-            ("p_s^(n) = P_S(z_s^(n))", "logits of P prototypes", student.projector(z_s))):
+            ("P_S(z_s^(n))", "logits of P prototypes", student.projector(z_s))):
         print(f"{symbol:25} {what:36} {tuple(value.shape)}")
 
 

@@ -1,92 +1,116 @@
-"""--attention own: each symbol attends to another place, and gets nothing else of the image.
+"""--attention own: each symbol is of another place in the image, and of nothing else.
 
-For position t, with patch tokens z_i, decoder state x_t and s_1 = 1:
+For position t, with patch tokens z_i at x_i, the decoder's output y_t, q_t = W y_t and s_1 = 1:
 
-    r_t = argmax_i  <q_t, z_i> / d^0.5 + ln s_t(i)                            the patch it points at
-    m_t(i) = s_t(i) exp(-|i - r_t|^2 / 2 sigma^2)                             its share of the image
-    a_t = softmax_i(<q_t, z_i> / d^0.5 + ln m_t(i)),  y_t = W sum_i a_t(i) f(z_i)           its map
-    s_(t+1) = s_t - m_t                                                       what is left
+    u_t(i) = <q_t, z_i> / d^0.5 + ln |z_i|^2 + ln s_t(i)                    scores of the patches
+    c_t = x_r, r = argmax_i u_t(i)                                          the patch it points at
+    w_t(i) = exp(-|x_i - c_t|^2 / 2 sigma^2)                                the window around it
+    a_t = softmax_i(u_t(i) + ln w_t(i)),  c_t = sum_i a_t(i) x_i            SHIFTS times
+    h_t = sum_i a_t(i) z_i,  s_(t+1) = s_t - s_t w_t                        its map; what is left
 
-The window is local attention (Luong et al. 2015, equation 10); what is left is stick-breaking, as
-in MONet (Burgess et al. 2019) and GENESIS-V2 (Engelcke et al. 2021), to the end of coverage (Tu et
-al. 2016): no two symbols are about one place. After PLACES symbols all is left again, so that
-further symbols refine the same places. There is one map, in the last block, and the CLS is not
-among the tokens: between positions nothing passes but symbols and what is left.
+The discretizer gets h_t, the mean token of the place, and not the decoder's output: what a symbol
+stands for comes through its map. The decoder determines the place, from the symbols so far. The
+window is local attention (Luong et al. 2015, equation 10), moved to the middle of what is there by
+mean shift (Comaniciu and Meer 2002); what is left is stick-breaking, as in MONet (Burgess et al.
+2019) and GENESIS-V2 (Engelcke et al. 2021), to the end of coverage (Tu et al. 2016): no two symbols
+are of one place. After PLACES symbols, a round, all is left again, and further symbols are of the
+same places. |z_i|^2 is of standardised tokens, where a plain background is short (our choice).
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-SIGMA = 0.2         # of the window, in sides of the image (our choice)
+SIGMA = 0.14        # of the window, in sides of the image (our choice)
+SHIFTS = 3          # steps of mean shift (our choice)
 PLACES = 4          # our choice: the number of objects that `scenes` has at most
-POINTING = 0.3      # weight of the loss of pointing (our choice; that of places has 1)
 LEAST = 1e-6        # of what is left, and of a window, so that logarithms are finite
 
 
-def windows(patches, device=None):
-    """-> (N, N) in 0..1: row r is the window around patch r of a square grid of N patches."""
+def patch_grid(patches, device=None):
+    """-> (N, 2) in 0..1: rows and columns of a square grid of N patches, in sides of the image."""
     axis = torch.arange(round(patches ** 0.5), device=device) / patches ** 0.5
-    grid = torch.cartesian_prod(axis, axis)                                     # (N, 2)
-    return (-torch.cdist(grid, grid).square() / (2 * SIGMA**2)).exp()
+    return torch.cartesian_prod(axis, axis)
+
+
+def window(middle, grid):
+    """middle (..., 2), grid (N, 2) -> (..., N) in LEAST..1."""
+    square = (grid - middle[..., None, :]).square().sum(-1)
+    return (-square / (2 * SIGMA**2)).exp().clamp(min=LEAST)
+
+
+def mean_shift(scores, middle, grid):
+    """scores u (..., N), middle c (..., 2) -> map a and window w (..., N) after SHIFTS steps."""
+    for _ in range(SHIFTS):
+        middle = (scores + window(middle, grid).log()).softmax(-1) @ grid
+    w = window(middle, grid)
+    return (scores + w.log()).softmax(-1), w
+
+
+def log_weight(tokens):
+    """(..., d) -> ln of the mean of z^2."""
+    return tokens.float().square().mean(-1).clamp(min=LEAST).log()
 
 
 class PlaceAttention(nn.Module):
-    """Cross-attention of one position at a time, see the top of this file; f(z) = z + MLP(z), and y
-    goes through a second MLP, as it would in a further block."""
+    """The attention of one position at a time, see the top of this file."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width):
         super().__init__()
-        self.to_q, self.out, self.listen = (nn.Linear(width, width) for _ in range(3))
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(),
-                                 nn.Linear(2 * width, width))
-        self.deep = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
-                                  nn.Linear(4 * width, width))
+        self.to_q = nn.Linear(width, width)
 
     def start_state(self, tokens):
-        """Patch tokens z (B, N, d) -> what the positions have in common: z, f(z), all windows, what
-        is left (B, N), and the shares of the positions so far."""
-        return {"tokens": tokens.float(), "values": tokens + self.mlp(tokens), "shares": [],
-                "windows": windows(tokens.shape[1], tokens.device),
+        """Patch tokens z (B, N, d) -> what the positions have in common: z, ln |z|^2, the grid,
+        what is left (B, N), and the shares s_t w_t of the positions so far."""
+        return {"tokens": tokens.float(), "log_weight": log_weight(tokens), "shares": [],
+                "grid": patch_grid(tokens.shape[1], tokens.device),
                 "left": tokens.new_ones(tokens.shape[:2], dtype=torch.float)}
 
-    def forward(self, x, state):
-        """x (B, 1, d) -> y (B, 1, d), map (B, 1, 1, N); takes its share of what is left."""
-        with torch.autocast(x.device.type, enabled=False):          # for the argmax
-            q, left = self.to_q(x.float()) * x.shape[-1] ** -0.5, state["left"]
-            scores = (q @ state["tokens"].transpose(1, 2))[:, 0]                # (B, N)
-            soft = (scores + left.log()).softmax(-1)
+    def forward(self, y, state):
+        """y (B, 1, d) -> h (B, 1, d), map (B, 1, 1, N); takes its share of what is left."""
+        with torch.autocast(y.device.type, enabled=False):          # for the argmax
+            q, left, grid = self.to_q(y.float()), state["left"], state["grid"]
+            scores = (q @ state["tokens"].transpose(1, 2))[:, 0] * y.shape[-1] ** -0.5
+            scores = scores + state["log_weight"] + left.log()                  # (B, N)
+            soft = scores.softmax(-1)
             # One-hot, with the gradient of the softmax (straight-through)
             pointed = F.one_hot(soft.argmax(-1), soft.shape[-1]) + soft - soft.detach()
-            share = left * (pointed @ state["windows"]).clamp(LEAST, 1)
-            maps = (scores + share.log()).softmax(-1)[:, None, None]            # (B, 1, 1, N)
-            state["shares"].append(share)
+            maps, w = mean_shift(scores, pointed @ grid, grid)
+            state["shares"].append(left * w)
             again = len(state["shares"]) % PLACES == 0
-            state["left"] = torch.ones_like(left) if again else (left - share).clamp(min=LEAST)
-        y = self.out(maps[:, 0].to(state["values"].dtype) @ state["values"])
-        return y + self.deep(x + y), maps
+            state["left"] = torch.ones_like(left) if again else (left - left * w).clamp(min=LEAST)
+            return maps[:, None] @ state["tokens"], maps[:, None, None]
 
-    def pointing_loss(self, embeddings, shares, tokens):
-        """A symbol must identify its place in its image: the cross-entropy of its share,
-        as a distribution, with softmax_i <P e_t, z_i> / d^0.5, the patches that match its embedding
-        alone, without the decoder. embeddings (B, T, d), shares (B, T, N), tokens
-        (B, N, d)."""
-        scores = self.listen(embeddings) @ tokens.transpose(1, 2) * tokens.shape[-1] ** -0.5
-        target = shares.detach() / shares.detach().sum(-1, keepdim=True)
-        return -(target * scores.log_softmax(-1)).sum(-1).mean()
 
+# ---- for the recipe `stable` ---------------------------------------------------------------------
 
 def place_loss(maps, shares, tokens, background):
     """A place must be of one thing: the squared error of the patch tokens z (B, N, d) when they are
-    reconstructed from the mean token v_t of each place and one vector b (d,) for what is left,
+    reconstructed from the mean token h_t of each place and one vector b (d,) for what is left,
 
-        z_i ~ sum_t m_t(i) v_t + (1 - sum_t m_t(i)) b,     v_t = sum_i a_t(i) z_i
+        z_i ~ sum_t m_t(i) h_t + (1 - sum_t m_t(i)) b,     h_t = sum_i a_t(i) z_i
 
-    with maps a and shares m (B, T, N): soft k-means of the patch tokens, which DINOSAUR (Seitzer et
-    al. 2023) reconstructs too. A patch has the weight |z_i|^2: those of a plain background are
-    short. Mean over rounds of PLACES symbols, in units of the tokens' mean square."""
+    with maps a and shares m = s w (B, T, N): soft k-means of the patch tokens, which DINOSAUR
+    (Seitzer et al. 2023) reconstructs too. A patch has the weight |z_i|^2. Mean over rounds of
+    PLACES symbols, in units of the tokens' mean square."""
     weight, errors = tokens.square().mean(-1), []
     for a, m in zip(maps.split(PLACES, 1), shares.split(PLACES, 1)):
         rest = 1 - m.sum(1)                                                     # (B, N)
         estimate = m.transpose(1, 2) @ (a @ tokens) + rest[..., None] * background
         errors.append((weight * (estimate - tokens).square().mean(-1)).mean() / weight.mean())
     return torch.stack(errors).mean()
+
+
+def explained(a, shares, embeddings):
+    """The part of h_t at map a that the codewords e of earlier rounds reconstruct: the sum over
+    their positions u of <a, m_u> e_u. a (B, N), lists of m (B, N) and e (B, d) -> (B, d), or 0."""
+    earlier = len(shares) // PLACES * PLACES
+    return sum((a * m).sum(1, keepdim=True) * e.detach()
+               for m, e in zip(shares[:earlier], embeddings[:earlier]))
+
+
+def sample_places(tokens, count):
+    """Places before training, where every q is 0: tokens (B, N, d) -> (B * count, d), the mean
+    tokens of `count` places of each image, around patches that are drawn, with |z_i|^2."""
+    scores, grid = log_weight(tokens), patch_grid(tokens.shape[1], tokens.device)
+    middles = grid[scores.exp().multinomial(count)]                             # (B, count, 2)
+    return (mean_shift(scores[:, None], middles, grid)[0] @ tokens).flatten(0, 1)

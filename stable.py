@@ -33,6 +33,7 @@ FIT_IMAGES = 20000          # for whitening and k-means, at most
 RCA_IMAGES = 4000           # of these, whose neighbours (among all) are averaged
 WITHIN_IMAGES = 2000        # whose augmented views are compared
 PATCH_IMAGES = 500          # of these, whose patch tokens are standardised
+PLACE_IMAGES = 4000         # whose places are whitened, with --attention own
 WITHIN_RIDGE, RCA_RIDGE = 0.01, 0.1     # of the two whitenings
 
 
@@ -143,15 +144,37 @@ class StableDescriptor(Descriptor):
             codewords = codewords + x
             quantized.append(q)
             cls_preds.append(cls_pred)
-        maps = self.attention_maps(state) if attention or self.own else None
-        shares = torch.stack(state["tokens"]["shares"], 1) if self.own else None
-        return Sequence.stack(quantized, maps, torch.stack(cls_preds, 1), shares)
+        maps = self.attention_maps(state) if attention else None
+        return Sequence.stack(quantized, maps, torch.stack(cls_preds, 1))
+
+
+class PlaceDescriptor(Descriptor):
+    """--attention own: the discretizer gets the whitened mean token of the symbol's place
+    (place.py) and, in later rounds, what the earlier rounds' codewords leave of it."""
+
+    def __init__(self, width, depth, heads, length, own=True):
+        super().__init__(width, depth, heads, length, own)
+        self.norms = nn.ModuleList(nn.Identity() for _ in range(length))    # whitening does it
+        self.background = nn.Parameter(torch.zeros(width))                  # of place_loss
+        self.register_buffer("whiten", torch.eye(width))
+
+    def forward(self, z_t, disc, hard=False, attention=False):
+        """z_t (B, N+1, d), disc: T discretizers -> Sequence."""
+        state, quantized, embeddings = self.start_state(z_t), [], []
+        x = self.start.expand(len(z_t), -1)                                     # (B, d)
+        for t in range(self.length):
+            mean = self.step(x, t, state) @ self.whiten
+            a, m = state["maps"][-1][:, 0, 0], state["tokens"]["shares"][:t]
+            quantized.append(disc[t](mean - place.explained(a, m, embeddings), hard))
+            embeddings.append(quantized[-1].embedding)
+            x = embeddings[-1].detach()
+        return Sequence.stack(quantized, self.attention_maps(state), None,
+                              torch.stack(state["tokens"]["shares"], 1))
 
 
 class StableStudent(Student):
     """See the top of this file."""
 
-    descriptor_class = StableDescriptor
     defaults = dict(straight_through=True, views=1, cache_views=1, centering="none",
                     teacher_temp=[0.1, 0.1])
 
@@ -173,25 +196,29 @@ class StableStudent(Student):
                  "patch tokens alone, from which it cannot copy the CLS")
 
     def __init__(self, args, width):
+        self.own = args.attention == "own"
+        self.descriptor_class = PlaceDescriptor if self.own else StableDescriptor
         super().__init__(args, width)
         for name in ("regression", "codebook_lr", "neighbours", "iterations", "components"):
             if not getattr(args, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be below 0, and is "
                                  f"{getattr(args, name)}")
         self.args = args
-        nn.init.zeros_(self.interpreter.out.weight)         # no correction at first
-        self.descriptor.attends_to_cls = args.memory == "all" and args.attention == "free"
-        if args.attention == "own":
-            self.background = nn.Parameter(torch.zeros(width))
+        if not self.own:
+            nn.init.zeros_(self.interpreter.out.weight)         # no correction at first
+            self.descriptor.attends_to_cls = args.memory == "all"
         self.register_buffer("mean", torch.zeros(2, width))                 # of CLS, of patches
         self.register_buffer("std", torch.ones(width))                      # of patches
         self.register_buffer("whiten", torch.eye(width))                    # of CLS
 
     def build_discretizer(self, args, width):
-        return nn.ModuleList(discretize.build(args, width) for _ in range(args.length))
+        if not self.own:
+            return nn.ModuleList(discretize.build(args, width) for _ in range(args.length))
+        discs = [discretize.build(args, width) for _ in range(0, args.length, place.PLACES)]
+        return nn.ModuleList(discs[t // place.PLACES] for t in range(args.length))
 
     def slow_parameters(self):
-        return [p for disc in self.disc for p in disc.codebook_parameters()]
+        return [p for disc in dict.fromkeys(self.disc) for p in disc.codebook_parameters()]
 
     def build_projectors(self, args, width):
         projector = KMeansPrototypes(width, args.prototypes)
@@ -210,6 +237,8 @@ class StableStudent(Student):
 
     def interpret(self, embeddings):
         """(B, T, d) -> z_s (B, D, d): the sum of each prefix's codewords, corrected by E_S."""
+        if self.own:
+            return self.interpreter(embeddings)
         prefix_sums = embeddings.cumsum(1)[:, [n - 1 for n in self.lengths]]
         return prefix_sums + self.interpreter(embeddings)
 
@@ -221,62 +250,73 @@ class StableStudent(Student):
         """Feature regression: mean squared errors, in units of the CLS's own variance."""
         cls = z_t[:, :1]                                                    # (B, 1, d)
         error = (z_s.float() - cls).square().mean()
-        loss = self.args.regression * (
+        if self.own:
+            return self.args.regression * error + place.place_loss(
+                sequence.attention, sequence.shares, z_t[:, 1:].float(), self.descriptor.background)
+        return self.args.regression * (
             error + CLS_PRED_WEIGHT * (sequence.cls_pred - cls).square().mean())
-        if self.args.attention == "own":
-            patches, own = z_t[:, 1:].float(), self.descriptor.blocks[-1].cross
-            loss = loss + place.place_loss(sequence.attention, sequence.shares, patches,
-                                           self.background)
-            loss = loss + place.POINTING * own.pointing_loss(sequence.embeddings, sequence.shares,
-                                                             patches)
-        return loss
 
     # ---- before the first step -------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit(self, encode):
+    def fit(self, first_tokens):
         """The space, the prototypes and the codebooks, from the teacher's tokens of training
-        images. encode(n, augmented=False) yields z_t (b, N+1, d) of the first n (or all, if fewer).
+        images. first_tokens(n, augmented=False) yields z_t (b, N+1, d) of the first n, or of all
+        if there are fewer.
         """
-        args = self.args
-        y = self.fit_whitening(encode)
-        neighbours = min(args.neighbours, len(y) // 10)
-        for _ in range(args.iterations if neighbours else 0):
-            difference = y[:RCA_IMAGES] - neighbour_means(y, neighbours, RCA_IMAGES)
-            y = self.transform(y, whitening(difference, RCA_RIDGE))
-        if args.components:
+        components = self.args.components
+        y = self.whiten_by_neighbours(self.fit_whitening(first_tokens), self.whiten)
+        if components:
             covariance = torch.cov(self.l2_normalise(y).T)
-            axes = torch.linalg.eigh(covariance).eigenvectors[:, -args.components:]     # ascending
-            y = self.transform(y, axes @ axes.T)
+            axes = torch.linalg.eigh(covariance).eigenvectors[:, -components:]          # ascending
+            y = self.transform(y, axes @ axes.T, self.whiten)
         y = self.l2_normalise(y)
         self.projector.fit(y)
-        self.fit_codebooks(y)
+        self.fit_codebooks(self.fit_places(first_tokens) if self.own else y)
 
-    def fit_whitening(self, encode):
+    def fit_places(self, first_tokens):
+        """Whitens the mean tokens of places as the CLS tokens, by their covariance and by that of
+        x - mean(kNN(x)), because a ViT's tokens depend on the whole image, but in few directions,
+        and in these a symbol would change with what lies elsewhere -> y (n, d)."""
+        y = torch.cat([place.sample_places(self.preprocess(z_t)[:, 1:], place.PLACES)
+                       for z_t in first_tokens(PLACE_IMAGES)])
+        y = self.transform(y, whitening(y - y.mean(0), WITHIN_RIDGE), self.descriptor.whiten)
+        return self.whiten_by_neighbours(y, self.descriptor.whiten)
+
+    def whiten_by_neighbours(self, y, total):
+        """RCA of y (n, d), see 3 at the top; multiplies the matrix `total` too -> y."""
+        neighbours = min(self.args.neighbours, len(y) // 10)
+        for _ in range(self.args.iterations if neighbours else 0):
+            difference = y[:RCA_IMAGES] - neighbour_means(y, neighbours, RCA_IMAGES)
+            y = self.transform(y, whitening(difference, RCA_RIDGE), total)
+        return y
+
+    def fit_whitening(self, first_tokens):
         """Whitens by the covariance within images, between two augmented views: what lasts counts.
         -> CLS of the un-augmented images, whitened, (n, d)."""
-        views, patches = zip(*(cls_and_patches(encode(WITHIN_IMAGES, True), WITHIN_IMAGES,
+        views, patches = zip(*(cls_and_patches(first_tokens(WITHIN_IMAGES, True), WITHIN_IMAGES,
                                                PATCH_IMAGES) for _ in range(2)))
         patches = torch.cat(patches)
         self.mean.copy_(torch.stack([torch.cat(views).mean(0), patches.mean(0)]))
         self.std.copy_(patches.std(0).clamp(min=1e-6))
-        y = cls_and_patches(encode(FIT_IMAGES), FIT_IMAGES, 0)[0] - self.mean[0]
-        return self.transform(y, whitening(views[0] - views[1], WITHIN_RIDGE))
+        y = cls_and_patches(first_tokens(FIT_IMAGES), FIT_IMAGES, 0)[0] - self.mean[0]
+        return self.transform(y, whitening(views[0] - views[1], WITHIN_RIDGE), self.whiten)
 
-    def transform(self, y, matrix):
-        """Multiplies self.whiten and y (n, d) by `matrix` (d, d), scaled so that the product's
-        variance is 1 -> y."""
+    def transform(self, y, matrix, total):
+        """Multiplies y (n, d) and the matrix `total` by `matrix` (d, d), scaled so that the
+        product's variance is 1 -> y."""
         matrix = matrix / ((y - y.mean(0)) @ matrix).square().mean().sqrt().clamp(min=1e-6)
-        self.whiten.copy_(self.whiten @ matrix)
+        total.copy_(total @ matrix)
         return y @ matrix
 
     def fit_codebooks(self, y):
         """Residual k-means of y (n, d): each position's codebook is of what the earlier ones leave
         of the CLS tokens."""
         residual, directions = y, 0
-        for t, disc in enumerate(self.disc):
+        discs = list(dict.fromkeys(self.disc))
+        for t, disc in enumerate(discs):
             centroids = kmeans(residual, disc.vocab,
-                               what=f"k-means of codebook {t + 1} of {len(self.disc)}")
+                               what=f"k-means of codebook {t + 1} of {len(discs)}")
             if t:
                 centroids = match_codewords(directions, centroids)
             directions = directions + F.normalize(centroids, dim=1)

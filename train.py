@@ -1,15 +1,16 @@
-"""Trains the student: images in, at most 8 symbols out, no labels (paper, section 3).
+"""Trains the student: images in, 8 symbols out, no labels (paper, section 3).
 
-    python train.py                                  # drawn images, 2 CPU cores, five minutes
-    python train.py --disc softmax --tau 0.12        # the discretizer and temperature of Figure 1
-    python train.py --recipe paper                   # as published; the default is stable.py
+    python train.py                                  # drawn images: two to five minutes on a CPU
+    python train.py --disc softmax --tau 0.12        # the default; tau of the paper's Figure 1
+    python train.py --recipe paper                   # the published method, small (see README)
     python train.py --recipe paper --size paper      # and at the paper's size: wants a GPU
 
-One step (`training_step`), for B images in V augmented views:
+One step (`training_step`), for B images in V augmented views (the networks' B is V * B):
 
-    z_t = E_T(x)          p_t = P_T(z_t[CLS])                   E_T is frozen, P_T the EMA of P_S
-    s_q = disc(D_S(z_t))  p_s^(n) = P_S(E_S(s_q^[n]))           prefixes of n = 1, 2, 4, 8 symbols
-    L   = sum_i sum_j lambda^j H(p_t^(i), p_s^(i,j)) + exploration terms
+    z_t = E_T(x)          p_t = softmax((P_T(z_t[CLS]) - center) / temperature)    E_T is frozen
+    s_q = disc(D_S(z_t))  p_s^(n) = softmax(P_S(E_S(s_q^[n])) / 0.1)   prefixes of n symbols
+    L   = weighted mean over i, j of H(p_t^(i), p_s^(i,j)) + vq's loss + exploration + extra_loss
+    P_T <- EMA of P_S     (stable.py: P_T = P_S = frozen k-means prototypes, no center)
 
 Writes OUT/{config.json, metrics.jsonl, ckpt.pt}, and at the end the evaluation, OUT/results.json,
 and the figures, OUT/{figure1,curves}.png.
@@ -72,15 +73,15 @@ def training_step(student, centering, z_t, temperature, args):
 class Trainer:
     """Everything that changes during a run. checkpoint.state_of lists what of it is saved."""
 
-    def __init__(self, args, teacher, student, images, tokens=TrainingTokens):
+    def __init__(self, args, teacher, student, images, tokens_class=TrainingTokens):
         self.args, self.teacher, self.student = args, teacher, student
-        self.tokens = tokens(teacher, images, args)
+        self.tokens = tokens_class(teacher, images, args)
         self.centering = losses.Centering(args.prototypes, args.centering).to(args.device)
         groups = losses.parameter_groups(student, student.slow_parameters(), args.codebook_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
         self.scaler = torch.amp.GradScaler(enabled=args.precision == "float16")
-        self.epoch, self.seconds = 0, 0.0               # completed; below: within the present epoch
-        self.step_in_epoch, self.elapsed = 0, 0.0
+        self.epoch, self.seconds = 0, 0.0               # epochs completed, and their seconds
+        self.step_in_epoch, self.elapsed = 0, 0.0       # the same within the present epoch
         self.totals = {}                                  # of the log's values since its last line
         self.steps_per_epoch = len(images) // args.batch_size
         self.steps = self.steps_per_epoch * args.epochs
@@ -89,7 +90,7 @@ class Trainer:
                              "training images")
 
     def schedule(self, step):
-        """Sets learning rate, weight decay and the discretizer's temperature -> the teacher's."""
+        """Sets learning rate, weight decay, the student's temperature; returns the teacher's."""
         args, steps = self.args, self.steps
         losses.set_schedule(self.optimizer,
                             losses.warmup_cosine(args.lr, END_LR, step, steps, LR_WARMUP * steps),
@@ -111,7 +112,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         if step < self.steps_per_epoch < self.steps and hasattr(student.projector, "prototypes"):
-            student.projector.prototypes.grad = None        # DINO: not in the first epoch of many
+            student.projector.prototypes.grad = None        # DINO: not in the first epoch
         self.scaler.step(self.optimizer)
         self.scaler.update()
         losses.ema_update(student.teacher_projector, student.projector,
@@ -121,7 +122,7 @@ class Trainer:
     def next_line(self):
         """The step of this epoch after which the log has its next line."""
         steps, every = self.steps_per_epoch, self.args.knn_every
-        parts = min(steps, max(1, round(1 / every))) if every else 1
+        parts = min(steps, max(1, round(1 / every))) if every else 1        # lines per epoch
         return min(n for i in range(parts) if (n := steps * (i + 1) // parts) > self.step_in_epoch)
 
     def train(self, manager):
@@ -190,7 +191,7 @@ def log_line(trainer, record, held_out):
 
 # ---- the run directory and main ------------------------------------------------------------------
 
-def setup(args, state, tokens=TrainingTokens):
+def setup(args, state, tokens_class=TrainingTokens):
     """What comes before step 1 -> (Trainer, checkpoint manager, held-out images)."""
     torch.manual_seed(args.seed)
     with distributed.rank_zero_first():                     # it may download
@@ -203,7 +204,7 @@ def setup(args, state, tokens=TrainingTokens):
     student = checkpoint.STUDENTS[args.recipe](args, teacher.width).to(args.device)
     manager = checkpoint.Manager(args.out / "ckpt.pt", SAVE_MINUTES, images.fingerprint())
     images, held_out = map(images.subset, data.held_out_indices(len(images), args.seed))
-    trainer = Trainer(args, teacher, student, images, tokens)
+    trainer = Trainer(args, teacher, student, images, tokens_class)
     if state:
         manager.check_data(state)
         checkpoint.restore(trainer, state)
@@ -220,7 +221,7 @@ def setup(args, state, tokens=TrainingTokens):
     return trainer, manager, held_out
 
 
-def run(args, tokens=TrainingTokens):
+def run(args, tokens_class=TrainingTokens):
     flags.check(args)
     problem = data.evaluation_problem(args.data)
     if problem:                                             # not after hours of training
@@ -228,7 +229,7 @@ def run(args, tokens=TrainingTokens):
     with distributed.rank_zero_first():                     # it may put a checkpoint in its place
         state = checkpoint.open_run(args)
     start = time.time()
-    trainer, manager, held_out = setup(args, state, tokens)
+    trainer, manager, held_out = setup(args, state, tokens_class)
     with manager:
         while trainer.epoch < args.epochs:
             for record in trainer.train(manager):
@@ -258,11 +259,11 @@ def finish(args, tokens, held_out, evaluation):
     print(f"{out}: " + " ".join(sorted(f.name for f in out.iterdir())))
 
 
-def main(tokens=TrainingTokens):        # extras/fourier.py has others
+def main(tokens_class=TrainingTokens):  # extras/fourier.py has others
     args = flags.parse(description=__doc__)
     try:
         args.device = distributed.init(args.device)
-        run(args, tokens)
+        run(args, tokens_class)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"train.py: {error}") from None
     distributed.cleanup()

@@ -44,8 +44,9 @@ import stable
 import teachers
 import train
 import visualize
+from discretize import EMBEDDING_STD
 from extras import pairs, pretrain
-from model import START_STD, Block, CrossAttention
+from model import Block, CrossAttention
 
 # ---- regions, relations, ranks -------------------------------------------------------------------
 
@@ -146,8 +147,8 @@ class Memory(nn.Module):
     def __init__(self, width, heads, contents, count):
         super().__init__()
         self.contents, self.count = contents, count
-        self.types = nn.Parameter(torch.randn(2, width) * START_STD)            # p_v, p_u
-        self.predicates = nn.Parameter(torch.randn(len(pairs.RELATIONS), width) * START_STD)
+        self.types = nn.Parameter(torch.randn(2, width) * EMBEDDING_STD)            # p_v, p_u
+        self.predicates = nn.Parameter(torch.randn(len(pairs.RELATIONS), width) * EMBEDDING_STD)
         self.block, self.bias = Block(width, heads), RankBias()
         for module in self.block.modules():
             if isinstance(module, nn.Linear):

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 import checkpoint
 import data
+import distributed
 import flags
 import shapes
 import teachers
@@ -37,7 +38,7 @@ def seed():
 @pytest.fixture(autouse=True)
 def no_progress(monkeypatch):
     """What a script prints must not depend on how slow the machine is: no line of progress is due
-    (in this process; test_progress.py sets its own time)."""
+    (in this process; tests of progress set their own time)."""
     monkeypatch.setattr(Progress, "last_output", float("inf"))
 
 
@@ -93,9 +94,10 @@ def make_student(*words, width=32):
         if p.ndim == 1 or "position" in name:
             p.data.add_(0.3 * torch.randn_like(p))
     student.interpreter.out.weight.data.normal_(std=width ** -0.5)
-    for norm in student.descriptor.norms:
-        norm.running_mean.normal_(std=0.5)
-        norm.running_var.uniform_(0.5, 2)
+    for norm in student.descriptor.modules():
+        if isinstance(norm, distributed.BatchNorm):
+            norm.running_mean.normal_(std=0.5)
+            norm.running_var.uniform_(0.5, 2)
     return student.eval()
 
 
