@@ -175,6 +175,7 @@ class PlaceDescriptor(Descriptor):
 class StableStudent(Student):
     """See the top of this file."""
 
+    descriptor_class = StableDescriptor
     defaults = dict(straight_through=True, views=1, cache_views=1, centering="none",
                     teacher_temp=[0.1, 0.1])
 
@@ -197,7 +198,8 @@ class StableStudent(Student):
 
     def __init__(self, args, width):
         self.own = args.attention == "own"
-        self.descriptor_class = PlaceDescriptor if self.own else StableDescriptor
+        if self.own:
+            self.descriptor_class = PlaceDescriptor
         super().__init__(args, width)
         for name in ("regression", "codebook_lr", "neighbours", "iterations", "components"):
             if not getattr(args, name) >= 0:
