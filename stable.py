@@ -159,7 +159,7 @@ class PlaceDescriptor(Descriptor):
         self.register_buffer("whiten", torch.eye(width))
 
     def forward(self, z_t, disc, hard=False, attention=False):
-        """z_t (B, N+1, d), disc: T discretizers -> Sequence."""
+        """z_t (B, N+1, d), disc: T discretizers -> Sequence, always with its maps."""
         state, quantized, embeddings = self.start_state(z_t), [], []
         x = self.start.expand(len(z_t), -1)                                     # (B, d)
         for t in range(self.length):

@@ -112,7 +112,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         if step < self.steps_per_epoch < self.steps and hasattr(student.projector, "prototypes"):
-            student.projector.prototypes.grad = None        # DINO: not in the first epoch
+            student.projector.prototypes.grad = None        # frozen in the first epoch, as DINO's
         self.scaler.step(self.optimizer)
         self.scaler.update()
         losses.ema_update(student.teacher_projector, student.projector,
