@@ -228,6 +228,8 @@ def speed_table(results):
             "gemm_fraction": "fraction of measured GEMM throughput",
             "peak_memory_mb": "peak memory, MB"}
     files = [json.loads(path.read_text()) for path in sorted(results.glob("benchmark/*.json"))]
+    for file in files:
+        file["device"] += f", {file['config']['precision']}"
     return markdown(head.values(), [
         [f"{x:.2f}" if isinstance(x := file.get(key, "-"), float) else x for key in head]
         for file in files])

@@ -197,9 +197,9 @@ def test_speed_is_what_the_benchmark_wrote(tmp_path):
     (tmp_path / "benchmark").mkdir()
     (tmp_path / "benchmark/small.json").write_text(json.dumps(
         {"size": "small", "device": "abacus", "images_per_s": 30.0, "speedup": 3.0,
-         "gemm_fraction": 0.5, "peak_memory_mb": 99.6}))
+         "config": {"precision": "float32"}, "gemm_fraction": 0.5, "peak_memory_mb": 99.6}))
     assert tables.speed_table(tmp_path).splitlines()[2] == (
-        "| small | abacus | 30.00 | 3.00 | - | 0.50 | 99.60 |")
+        "| small | abacus, float32 | 30.00 | 3.00 | - | 0.50 | 99.60 |")
 
 
 def test_fill_replaces_what_is_between_the_marks_and_keeps_the_rest(tmp_path):
