@@ -150,7 +150,8 @@ class StableDescriptor(Descriptor):
 
 class PlaceDescriptor(Descriptor):
     """--attention own: the discretizer gets the whitened mean token of the symbol's place
-    (place.py) and, in later rounds, what the earlier rounds' codewords leave of it."""
+    (place.py) and, in later rounds, what the earlier rounds' codewords leave of it. It gets no
+    gradient to the decoder (our choice): the place is learned by place_loss alone."""
 
     def __init__(self, width, depth, heads, length, own=True):
         super().__init__(width, depth, heads, length, own)
@@ -165,7 +166,8 @@ class PlaceDescriptor(Descriptor):
         for t in range(self.length):
             mean = self.step(x, t, state) @ self.whiten
             a, m = state["maps"][-1][:, 0, 0], state["tokens"]["shares"][:t]
-            quantized.append(disc[t](mean - place.explained(a, m, embeddings), hard))
+            h = (mean - place.explained(a, m, embeddings)).detach()
+            quantized.append(disc[t](h, hard))
             embeddings.append(quantized[-1].embedding)
             x = embeddings[-1].detach()
         return Sequence.stack(quantized, self.attention_maps(state), None,

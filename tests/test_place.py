@@ -144,6 +144,14 @@ def test_a_symbols_gradient_reaches_where_it_points():
     assert student.descriptor.place_attention.to_q.weight.grad.abs().max() > 0
 
 
+def test_the_symbol_does_not_teach_the_decoder_where_to_point():
+    """In `stable` only place_loss, which is of maps and shares, has a gradient to the decoder."""
+    student = own().train()
+    sequence = student.describe(torch.randn(B, N + 1, D))
+    sequence.embeddings.square().sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in student.descriptor.parameters())
+
+
 def test_a_window_by_hand():
     grid = place.patch_grid(9)                                                  # 3 x 3 patches
     w = place.window(grid, grid)
