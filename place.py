@@ -9,12 +9,13 @@ For position t, with patch tokens z_i at x_i, the decoder's output y_t, q_t = W 
     h_t = sum_i a_t(i) z_i,  s_(t+1) = s_t - s_t w_t                        its map; what is left
 
 The discretizer gets h_t, the mean token of the place, and not the decoder's output: what a symbol
-stands for comes through its map. The decoder determines the place, from the symbols so far. The
-window is local attention (Luong et al. 2015, equation 10), moved to the middle of what is there by
-mean shift (Comaniciu and Meer 2002); what is left is stick-breaking, as in MONet (Burgess et al.
-2019) and GENESIS-V2 (Engelcke et al. 2021), to the end of coverage (Tu et al. 2016): no two symbols
-are of one place. After PLACES symbols, a round, all is left again, and further symbols are of the
-same places. |z_i|^2 is of standardised tokens, where a plain background is short (our choice).
+stands for comes through its map. The decoder determines the place, from the symbols so far, and in
+`stable` only place_loss has a gradient to it. The window is local attention (Luong et al. 2015,
+equation 10), moved to the middle of what is there by mean shift (Comaniciu and Meer 2002); what is
+left is stick-breaking, as in MONet (Burgess et al. 2019) and GENESIS-V2 (Engelcke et al. 2021), to
+the end of coverage (Tu et al. 2016): no two symbols are of one place. After PLACES symbols, a
+round, all is left again, and further symbols are of the same places. |z_i|^2 is of standardised
+tokens, where a plain background is short (our choice).
 """
 import torch
 import torch.nn.functional as F

@@ -144,8 +144,8 @@ def test_a_symbols_gradient_reaches_where_it_points():
     assert student.descriptor.place_attention.to_q.weight.grad.abs().max() > 0
 
 
-def test_the_symbol_does_not_teach_the_decoder_where_to_point():
-    """In `stable` only place_loss, which is of maps and shares, has a gradient to the decoder."""
+def test_only_the_loss_of_places_has_a_gradient_to_the_decoder():
+    """In `stable`: place_loss is of maps and shares, which the symbols' embeddings leave alone."""
     student = own().train()
     sequence = student.describe(torch.randn(B, N + 1, D))
     sequence.embeddings.square().sum().backward()
