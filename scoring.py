@@ -159,26 +159,25 @@ def fit_logistic(x, y, share, l2, start, iterations):
     return scaled.detach() * scale, bias.detach()
 
 
-def linear_probe(train_x, train_y, test_x, test_y, grid=L2_GRID, iterations=25, seed=0):
-    """Multinomial logistic regression on frozen features: (top1, top5) in percent.
-    Our choices, because the paper names no solver: features standardised by the train part (columns
-    that never vary are dropped) and turned to their principal axes, which changes neither loss nor
-    penalty; the weight decay with the lowest cross-entropy on a random tenth of the *train* part,
-    each fit starting from the one before; then three times the steps on all of it. The test
-    part is used once. x: (n, d) of any scale, one-hot symbols too. Raises ValueError as
-    `knn_accuracies` does.
+def fit_probe(x, y, classes, grid=L2_GRID, iterations=25, seed=0):
+    """Multinomial logistic regression on frozen features x (n, d) of any scale, one-hot symbols
+    too, y (n,) in 0..classes-1 -> a differentiable function (m, d) -> logits (m, classes), and the
+    weight decay it has. Our choices, because the paper names no solver: features standardised
+    (columns that never vary are dropped) and turned to their principal axes, which changes neither
+    loss nor penalty; the weight decay of `grid` with the lowest cross-entropy on a random tenth of
+    the images, each fit starting from the one before; then three times the steps on all of them.
     """
-    train_y, test_y, classes = checked_classes(train_x, train_y, test_x, test_y)
-    x, y, entry, size = unique_entries(train_x, train_y)
-    share = size.float() / len(train_y)                             # (E,) of the images
+    n = len(y)
+    x, y, entry, size = unique_entries(x, y)
+    share = size.float() / n                                        # (E,) of the images
     mean = share @ x
     std = (share @ (x - mean).square()).sqrt()
     varies = std > 1e-5 * x.abs().amax(0)       # more than float32's rounding of a constant
-    x, test_x = ((part - mean)[:, varies] / std[varies] for part in (x, test_x.float()))
+    x = (x - mean)[:, varies] / std[varies]
     axes = torch.linalg.eigh((share[:, None] * x).T @ x).eigenvectors
-    x, test_x = x @ axes, test_x @ axes
+    x = x @ axes
 
-    order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held, fitted = (entry[part.to(entry.device)].bincount(minlength=len(x)).float() / len(part)
                   for part in order.tensor_split([max(1, len(order) // 10)]))
     model, fits = (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)), []
@@ -187,7 +186,15 @@ def linear_probe(train_x, train_y, test_x, test_y, grid=L2_GRID, iterations=25, 
         error = held @ F.cross_entropy(F.linear(x, *model), y, reduction="none")
         fits.append((error.item(), l2, model))
     _, l2, model = min(fits, key=lambda fit: fit[0])    # equal ones: the earlier, stronger decay
-    scores = F.linear(test_x, *fit_logistic(x, y, share, l2, model, 3 * iterations))    # (m, C)
+    model = fit_logistic(x, y, share, l2, model, 3 * iterations)
+    return lambda x: F.linear((x.float() - mean)[:, varies] / std[varies] @ axes, *model), l2
+
+
+def linear_probe(train_x, train_y, test_x, test_y):
+    """`fit_probe` to the train part, scored once on the test part: (top1, top5) in percent. Raises
+    ValueError as `knn_accuracies` does."""
+    train_y, test_y, classes = checked_classes(train_x, train_y, test_x, test_y)
+    scores = fit_probe(train_x, train_y, classes)[0](test_x)                        # (m, C)
     return tuple(100 * expected_hits(scores, test_y, m).mean().item() for m in (1, 5))
 
 

@@ -39,13 +39,14 @@ WITHIN_RIDGE, RCA_RIDGE = 0.01, 0.1     # of the two whitenings
 
 # ---- what is fitted before the first step --------------------------------------------------------
 
-def kmeans(x, count, iterations=KMEANS_ITERATIONS, what="k-means"):
-    """x (n, d) -> (count, d) centroids: Lloyd's algorithm from random rows; an empty one stays.
-    what: begins the line of progress. Raises ValueError for fewer rows than centroids."""
+def kmeans(x, count, iterations=KMEANS_ITERATIONS, what="k-means", start=None):
+    """x (n, d) -> (count, d) centroids: Lloyd's algorithm from start (count, d), or random rows; an
+    empty one stays. what: begins the line of progress. Raises ValueError for fewer rows than
+    centroids."""
     if len(x) < count:
         raise ValueError(f"k-means of {len(x)} images cannot have {count} centroids; lower --vocab "
                          "or --prototypes, or take more images")
-    centroids = x[torch.randperm(len(x))[:count].to(x.device)]
+    centroids = x[torch.randperm(len(x))[:count].to(x.device)] if start is None else start
     with Progress(f"{what}, iteration", iterations) as progress:
         for _ in range(iterations):
             nearest = nearest_centroid(x, centroids)                        # (n,)

@@ -14,9 +14,10 @@ its first k = width / 16 columns; y_i is the domain of image i, sim(a, b) = exp(
 The encoder minimises lambda L_DINO(h^p) - mean L_var + mean L_inv; the critic D maximises mean
 L_inv - penalty * mean (|gradient| - 1)^2 (WGAN-GP). With --ddm pseudo the domains are clusters of h
 (k-means into M, repeated 20 times), and image i counts where |h_i - c_2nd|^2 / |h_i - c_1st|^2 >
-1 + exp(-5 t / T). (Our choice: images that do not count stay in L_DINO.) Not given by the source,
-and therefore our choices: tau 0.1, lambda on L_DINO alone as in its text, the critic's widths,
-penalty and steps (WGAN-GP's), k-means' intervals.
+1 + exp(-5 t / T), in step t of T after the warm-up. (Our choices: images that do not count stay in
+L_DINO; k-means starts at the means of its last clusters, so that a domain keeps its number.) Not
+given by the source, and therefore our choices: tau 0.1, lambda on L_DINO alone as in its text, the
+critic's widths, penalty and steps (WGAN-GP's), k-means' intervals.
 
 Domains: `tinted` puts an image's luminance into red or green alone, at random; `grey` puts it into
 all channels, which is the control for the colours that tinting takes away; `none` leaves the
@@ -90,24 +91,29 @@ class Critic(nn.Module):
                                      nn.Linear(CRITIC_WIDTH, 1)])
 
     def forward(self, x):
-        """x (n, r - k + M): h^p and the one-hot domain -> D (n,), its gradient at x."""
+        """x (n, r - k + M): h^p and the one-hot domain -> D (n,)."""
+        first, second, last = self.layers
+        return last(F.leaky_relu(second(F.leaky_relu(first(x), SLOPE)), SLOPE))[:, 0]
+
+    def gradient(self, x):
+        """dD/dx (n, r - k + M), by hand: the counter of a step's operations (extras.benchmark) does
+        not support torch.autograd.grad."""
         first, second, last = self.layers
         a = first(x)
         b = second(F.leaky_relu(a, SLOPE))
         slopes = [torch.where(z > 0, 1.0, SLOPE) for z in (a, b)]       # piecewise constant
-        gradient = (last.weight * slopes[1]) @ second.weight * slopes[0] @ first.weight
-        return last(F.leaky_relu(b, SLOPE))[:, 0], gradient
+        return (last.weight * slopes[1]) @ second.weight * slopes[0] @ first.weight
 
     def gap(self, h, y, y_rand):
         """L_inv,i (n,) of h (n, r - k), domains y and y_rand (n,)."""
-        a, b = (self(torch.cat([h, F.one_hot(d, self.count)], 1))[0] for d in (y, y_rand))
+        a, b = (self(torch.cat([h, F.one_hot(d, self.count)], 1)) for d in (y, y_rand))
         return a - b
 
     def penalty(self, h, y, y_rand):
         """Mean (|gradient| - 1)^2 at points between (h, y) and (h, y_rand)."""
         a, b = (F.one_hot(d, self.count) for d in (y, y_rand))
         share = torch.rand(len(h), 1, device=h.device)
-        _, gradient = self(torch.cat([h, share * a + (1 - share) * b], 1))
+        gradient = self.gradient(torch.cat([h, share * a + (1 - share) * b], 1))
         return (gradient.norm(dim=1) - 1).square().mean()
 
 
@@ -147,7 +153,9 @@ class DDMPretrainer(pretrain.Pretrainer):
                 1, rest // REFRESHES):
             return
         h = pretrain.features(self.teacher["backbone"], self.images, args)              # (n, r)
-        distances = torch.cdist(h, stable.kmeans(h, args.ddm_count)).square()
+        before = [h[self.critic.domain == m] for m in range(args.ddm_count)]
+        start = torch.stack([x.mean(0) for x in before]) if all(map(len, before)) else None
+        distances = torch.cdist(h, stable.kmeans(h, args.ddm_count, start=start)).square()
         counts = reliable(distances, math.exp(-5 * (self.step - warm_up) / rest))
         self.critic.domain.copy_(torch.where(counts, distances.argmin(1), -1))
         if "domain" in self.images.factors:

@@ -14,11 +14,9 @@ import checkpoint
 import data
 import evaluate
 import flags
-import scoring
 from progress import Progress
 
 BATCH = 128                 # images at a time
-PROBE_L2 = 1e-3             # weight decay of `fit_probe` (scoring.linear_probe searches for it)
 
 
 def describe(student, z_t):
@@ -52,16 +50,6 @@ def extract_set(teacher, student, image_set, size):
     """`extract` of an ImageSet, with its "labels" (n,)."""
     batches = image_set.batches(torch.arange(len(image_set)).split(BATCH))
     return extract(teacher, student, batches, size, len(image_set)) | {"labels": image_set.labels}
-
-
-def fit_probe(x, y):
-    """Multinomial logistic regression on standardised features x (n, d), y (n,) in 0..C-1 -> a
-    differentiable function (m, d) -> logits (m, C), on x's device."""
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-5 * float(x.abs().max()) + 1e-12)
-    start = x.new_zeros(int(y.max()) + 1, x.shape[1]), x.new_zeros(int(y.max()) + 1)
-    share = torch.full((len(x),), 1 / len(x), device=x.device)
-    weight, bias = scoring.fit_logistic((x - mean) / std, y, share, PROBE_L2, start, 75)
-    return lambda x: F.linear((x - mean) / std, weight, bias)
 
 
 def auroc(high, low):

@@ -10,11 +10,12 @@ for Grad-CAM, and factors, class names and computed words (extras/crops.py) for 
 
     T = images that contain v (all of v); |T| > 10                                  (section 4.3)
     WordScore(w) = mean over T of the confidence of w in the crop; kept above 0.08  (equation 4.1)
-    L = images without v, where <h, mean of h over T> >= beta, both without v       (equation 4.2)
+    L = images without v, where cos(h, mean of h over T) >= beta, both without v    (equation 4.2);
+        the 50 with the largest cosine, where those are fewer (our choice)
     a word is dropped unless WordScore_T >= 1.5 WordScore_L, L uncropped; the source drops what
         scores in L at all, which is for CLIP's cosines and would drop any frequent word of ours
-    lift(w) = WordScore_T / WordScore of all images; words are ranked by it (our choice, because
-        base rates differ)
+    lift(w) = WordScore_T / the mean over all crops of all images; words are ranked by it (our
+        choice, because base rates differ)
 
 The crop is the box around attention of 0.6 of its maximum at the symbol's position, for pairs that
 of the product of both maps. Words are learned on training images; P(word | T) and lift are then
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import scoring
 from extras import extract as reader
 from extras.crops import Scorer
 from extras.qscore import soft_bag
@@ -142,7 +144,7 @@ def summary(rows):
 def failures(train, test, labels, test_labels, classes, rows, count):
     """The first `count` wrong test predictions of a linear probe U of h, each with the symbols of
     the largest h_j U_(j, predicted) and their top words (section 4.5)."""
-    probe, (n, k) = reader.fit_probe(train.h, labels), train.h.shape
+    probe, (n, k) = scoring.fit_probe(train.h, labels, len(classes))[0], train.h.shape
     top_words = {row["symbols"][0]: list(row["top_words"])[:2] for row in rows
                  if len(row["symbols"]) == 1}
     weight = probe(torch.eye(k)) - probe(torch.zeros(1, k))                         # U (K, C)

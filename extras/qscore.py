@@ -9,7 +9,7 @@ mu_i and sigma_i are the mean and standard deviation over its r features:
     L_i = {j: h_ij > mu_i + eps sigma_i}                    highly active features (section 3.3)
     A_j = 100 / N sum_i [j in L_i]                          percent, on training images
     D   = features with A from its 50th to its 95th percentile          discriminative (3.3.1)
-    Q_i = mean over j in L_i and D of (h_ij - mu_i)         (equation 3.2); 0 where there is none
+    Q_i = mean over j in L_i and D of (h_ij - mu_i)         (equation 3.1); 0 where there is none
     regulariser: minimise  -l1 mean_i [Q_i < mean Q] Q_i                (equation 3.3)
                            + l2 sum_k [|H_k|_1 > mean |H|_1] |H_k|_1    over columns k of a batch H
 
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import discretize
+import scoring
 from extras import extract as reader
 from progress import Progress
 
@@ -108,18 +109,26 @@ def fine_tune(model, images, discriminative, l1, l2):
 
 # ---- a checkpoint: all figures, and the report ---------------------------------------------------
 
-def probe_top1(x, y, test_x, test_y):
-    """Top-1 in % of `extract.fit_probe`: its weight decay is fixed, so 40 probes take seconds."""
-    return 100 * (reader.fit_probe(x, y)(test_x).argmax(1) == test_y).float().mean().item()
+def probe_hits(x, y, test_x, test_y, grid=scoring.L2_GRID):
+    """-> the test images (m,) bool that a linear probe gets right, and its weight decay."""
+    probe, l2 = scoring.fit_probe(x, y, int(y.max()) + 1, grid)
+    return probe(test_x).argmax(1) == test_y, l2
 
 
-def size_figures(x, y, test_x, test_y, a):
-    """Linear probe top-1 (%) of features chosen by A (r,) and of random ones, for each of SIZES."""
-    rows = {"1.0": {"discriminative": probe_top1(x, y, test_x, test_y)}}
+def top1(*data):
+    """`probe_hits`' share in %."""
+    return 100 * probe_hits(*data)[0].float().mean().item()
+
+
+def size_figures(x, y, test_x, test_y, a, l2):
+    """Linear probe top-1 (%) of features chosen by A (r,) and of random ones, for each of SIZES.
+    All have the weight decay l2, that of the probe of all features, because 36 searches take
+    minutes."""
+    rows = {}
     for size in SIZES:
         chosen = middle(a, HIGH - size)
         randoms = (torch.randperm(len(a))[:chosen.sum()] for _ in range(RANDOM_PROBES))
-        own, *others = (probe_top1(x[:, c], y, test_x[:, c], test_y) for c in (chosen, *randoms))
+        own, *others = (top1(x[:, c], y, test_x[:, c], test_y, (l2,)) for c in (chosen, *randoms))
         rows[str(size)] = {"features": int(chosen.sum()), "discriminative": own,
                            "random": sum(others) / len(others), "random_each": others}
     return rows
@@ -129,7 +138,7 @@ def measure_features(x, y, test_x, test_y, epsilon):
     """Everything about one representation: x (n, r), test_x (m, r), L2-normalised."""
     a = frequency(x, epsilon)
     chosen = middle(a)
-    right = reader.fit_probe(x, y)(test_x).argmax(1) == test_y
+    right, l2 = probe_hits(x, y, test_x, test_y)
 
     def figure(discriminative):
         q = q_score(test_x, discriminative, epsilon)
@@ -143,12 +152,12 @@ def measure_features(x, y, test_x, test_y, epsilon):
     l = active(test_x, epsilon)
     return {"epsilon": epsilon, "features": len(a), "discriminative": int(chosen.sum()),
             "a_percentiles_5_50_95": a.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist(),
-            "probe_accuracy": 100 * right.float().mean().item(),
+            "probe_accuracy": 100 * right.float().mean().item(), "weight_decay": l2,
             "active_per_image": l.sum(1).float().mean().item(),
             "empty_share": (~(l & chosen).any(1)).float().mean().item(), **figure(chosen),
             "random_mean": randoms.mean().item(),
             "random_95th_percentile": randoms.quantile(0.95).item(),
-            "sizes": size_figures(x, y, test_x, test_y, a)}
+            "sizes": size_figures(x, y, test_x, test_y, a, l2)}
 
 
 def representations(part):
@@ -182,8 +191,8 @@ def measure(args, model, sets, name):
 def tuned_figures(h, y, test_h, test_y, chosen):
     """Linear probe top-1 (%) of bag and z_s, and what the regulariser acts on."""
     q = q_score(test_h["bag"], chosen, EPSILON["bag"])
-    return {"bag": probe_top1(h["bag"], y, test_h["bag"], test_y),
-            "z": probe_top1(h["z"], y, test_h["z"], test_y), "mean_q": q.mean().item()}
+    return {"bag": top1(h["bag"], y, test_h["bag"], test_y),
+            "z": top1(h["z"], y, test_h["z"], test_y), "mean_q": q.mean().item()}
 
 
 def print_figures(args, figures):
@@ -194,7 +203,7 @@ def print_figures(args, figures):
                           f"({row['sizes'][str(s)]['random']:.1f})" for s in SIZES)
         print(f"{name:8}{row['probe_accuracy']:9.1f}{100 * row['empty_share']:9.1f}"
               f"{row['auroc']:12.3f}{row['random_mean']:10.3f}{row['random_95th_percentile']:11.3f}"
-              f"   {row['sizes']['1.0']['discriminative']:.1f}: {sizes}")
+              f"   {sizes}")
     for arm, row in figures.get("fine_tuning", {}).items():
         print(f"fine-tuning, {arm}: probe of bag {row['bag']:.2f} %, of z_s {row['z']:.2f} %, mean "
               f"Q {row['mean_q']:.4f}")

@@ -8,7 +8,7 @@
 3. A group's words: for size, colour and shape the value v with the largest
    P(v) * product over its symbols s of lift(s, v), normalised over v, where that is at least 0.75;
    and the third of the image that has the maps' mean position. No colour and no shape: no phrase.
-4. A scene is right if each phrase is true of another object and there is a phrase; complete if also
+4. A scene is right if there is a phrase and each is true of a different object; complete if also
    every object has one. The same with the positions. Control: the objects of other scenes.
 """
 import argparse
@@ -105,7 +105,7 @@ def text_of(phrase):
 # ---- are they right ------------------------------------------------------------------------------
 
 def matched(phrases, true_objects, names):
-    """Whether each phrase is true of an object of the scene, another one for each: true_objects is
+    """Whether each phrase is true of a different object of the scene: true_objects is
     a list of {factor: value}, names the factors that count where a phrase has them."""
     fits = [[all(phrase[name] == thing[name] for name in names if name in phrase)
              for thing in true_objects] for phrase in phrases]

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-import stable
+import scoring
 from extras import extract as reader
 from extras import xmeans
 
@@ -42,7 +42,7 @@ def symbol_map(ids, labels, vocab, classes, smoothing=1.0):
     counts = torch.stack([column.bincount(minlength=vocab * classes) for column in cells.T])
     counts = counts.view(-1, vocab, classes).double()
     smooth = counts + smoothing
-    marginal = counts.sum(2) + smoothing
+    marginal = smooth.sum(2)            # of the same table: an unseen symbol has a LIFT of 0
     return {"symbol": (smooth / smooth.sum(1, keepdim=True)).log(),
             "class": (smooth / smooth.sum(2, keepdim=True)).log(),
             "marginal": (marginal / marginal.sum(1, keepdim=True)).log()}
@@ -102,7 +102,7 @@ class Judge:
     def __init__(self, part, known, vocab):
         own = torch.isin(part["labels"], known)
         labels = torch.searchsorted(known, part["labels"][own])
-        self.probe = reader.fit_probe(part["cls"][own], labels)
+        self.probe = scoring.fit_probe(part["cls"][own], labels, len(known))[0]
         self.table = symbol_map(part["ids"][own], labels, vocab, len(known))
 
     def __call__(self, part):

@@ -27,16 +27,6 @@ def bic(x, centroids, nearest):
             - m * (r - k) / 2 - k * (m + 1) / 2 * math.log(r)).item()
 
 
-def lloyd(x, centroids, iterations=10):
-    """k-means of x (n, M) from given centroids (K, M) -> (K, M); an empty one stays."""
-    for _ in range(iterations):
-        nearest = stable.nearest_centroid(x, centroids)
-        size = nearest.bincount(minlength=len(centroids))[:, None]
-        total = torch.zeros_like(centroids).index_add_(0, nearest, x)
-        centroids = torch.where(size > 0, total / size.clamp(min=1), centroids)
-    return centroids
-
-
 def halves(x):
     """x (R, M) -> the centroids of its two halves where the BIC prefers them to one, else None."""
     if len(x) < 4:
@@ -51,7 +41,7 @@ def xmeans(x, start=2, most=MOST):
     BIC of its points prefers that, until none is, or there are `most`. start: clusters to begin
     with (from 1, a first split that local 2-means gets wrong would be the end)."""
     x = x.double()
-    centroids = lloyd(x, stable.kmeans(x, start))
+    centroids = stable.kmeans(x, start)
     while True:
         nearest, parts, room = stable.nearest_centroid(x, centroids), [], most - len(centroids)
         for k in range(len(centroids)):
@@ -60,7 +50,8 @@ def xmeans(x, start=2, most=MOST):
             parts.append(centroids[k:k + 1] if pair is None else pair)
         if sum(map(len, parts)) == len(centroids):
             return centroids
-        centroids = lloyd(x, torch.cat(parts))
+        centroids = torch.cat(parts)
+        centroids = stable.kmeans(x, len(centroids), start=centroids)
 
 
 def fit(pooled):

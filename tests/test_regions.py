@@ -257,7 +257,7 @@ def test_the_oracles_regions_are_the_masks(tiny, monkeypatch):
 
 
 def test_the_swapped_order_test_on_planted_features(monkeypatch, tmp_path):
-    """z_s is the relation for shapes known, and the axis alone for a code without order."""
+    """z_s is the relation, or its axis alone (a code without order); the CLS is the relation."""
     config = {"data": "pairs"}
     monkeypatch.setattr(pairs, "ORDER_COUNTS", {"train": 200, "test": 200})
     monkeypatch.setattr(checkpoint, "load_model", lambda *_: (config, None, None))
@@ -265,14 +265,18 @@ def test_the_swapped_order_test_on_planted_features(monkeypatch, tmp_path):
     def planted(order):
         def encode(student, teacher, images, size):
             y = images.labels if order else images.labels // 2 * 2
-            return {"z": [F.one_hot(y, 4).float() + 0.01 * torch.randn(len(y), 4)]}
+            cls, z_s = (F.one_hot(x, 4).float() + 0.01 * torch.randn(len(x), 4)
+                        for x in (images.labels, y))
+            return {"z": [z_s], "cls": cls, "space": cls}
         return encode
     monkeypatch.setattr(pairs.evaluate, "encode", planted(True))
-    assert pairs.order_test("x", "cpu") == {"relation_top1": 100, "order": 100,
-                                            "order_of_both": 100}
+    perfect = {"relation_top1": 100, "order": 100, "order_of_both": 100}
+    assert pairs.order_test("x", "cpu") == {"z_s": perfect, "cls": perfect, "space": perfect}
     monkeypatch.setattr(pairs.evaluate, "encode", planted(False))
     figures = pairs.order_test("x", "cpu")
-    assert abs(figures["order"] - 50) < 10 and abs(figures["relation_top1"] - 50) < 10
+    assert figures["cls"] == perfect
+    assert abs(figures["z_s"]["order"] - 50) < 10
+    assert abs(figures["z_s"]["relation_top1"] - 50) < 10
     config["data"] = "shapes"
     with pytest.raises(ValueError, match="not trained on --data pairs"):
         pairs.order_test("x", "cpu")

@@ -19,19 +19,27 @@ def test_symbol_map_by_hand():
     assert torch.allclose(table["class"][0].exp(),
                           torch.tensor([[3 / 4, 1 / 4], [2 / 3, 1 / 3], [1 / 3, 2 / 3]]).double())
     assert torch.allclose(table["marginal"].exp(),
-                          torch.tensor([[3, 2, 2], [1, 1, 5]]).double() / 7)
+                          torch.tensor([[4, 3, 3], [2, 2, 6]]).double() / 10)
 
 
 def test_scores_by_hand():
-    """Prefixes of 1 and 2: ln 1/2 and (ln 1/2 + ln 4/6) / 2; the marginals are 3/7 and 5/7."""
+    """Prefixes of 1 and 2: ln 1/2 and (ln 1/2 + ln 4/6) / 2; the marginals are 4/10 and 6/10."""
     table = trust.symbol_map(IDS, LABELS, 3, 2)
     scores = trust.scores(table, IDS[:1], LABELS[:1])
     ess = torch.tensor([[math.log(1 / 2), (math.log(1 / 2) + math.log(4 / 6)) / 2]]).double()
-    marginal = torch.tensor([[math.log(3 / 7), (math.log(3 / 7) + math.log(5 / 7)) / 2]]).double()
+    marginal = torch.tensor([[math.log(4 / 10), (math.log(4 / 10) + math.log(6 / 10)) / 2]]).double()
     assert torch.allclose(scores["ESS"], ess) and torch.allclose(scores["marginal"], marginal)
     assert torch.allclose(scores["LIFT"], ess - marginal)
     assert trust.predict(trust.symbol_map(IDS[:, :1], LABELS, 3, 2), IDS[:, :1]).tolist() == [
         0, 0, 0, 1]
+
+
+def test_a_symbol_that_no_training_image_has_fits_no_class_better_than_another():
+    n = 1000
+    labels = torch.arange(n) % 10
+    table = trust.symbol_map(labels[:, None], labels, 20, 10)      # symbols 10 to 19 are never used
+    lift = trust.scores(table, torch.arange(10, 20)[:, None], torch.arange(10))["LIFT"]
+    assert lift.abs().max() < 1e-9
 
 
 def test_auroc_by_hand_with_a_tie():
