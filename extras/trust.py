@@ -198,11 +198,11 @@ def print_figures(args, figures):
           "{symbol_accuracy:.1f} %, probe under attack {attacked_accuracy:.1f} %; {symbols} "
           "symbols".format_map(figures))
     lengths = list(figures["auroc"]["correct above wrong"]["ESS"])
-    print(f"{'AUROC of prefixes of':45}" + "".join(f"{m:>7}" for m in lengths))
+    print(f"{'AUROC of prefixes of':49}" + "".join(f"{m:>7}" for m in lengths))
     for title, row in figures["auroc"].items():
         for name, cells in row.items():
             cells = [cell["auroc"] for cell in cells.values()]
-            print(f"{title if name == 'ESS' else '':32} {name:12}"
+            print(f"{title if name == 'ESS' else '':36} {name:12}"
                   + "".join("      -" if c is None else f"{c:7.3f}" for c in cells))
     print("temporary learning of two classes from ten images each: {accuracy:.1f} % (shuffled "
           "labels {shuffled_labels:.1f} %, nearest mean of CLS {nearest_mean_of_cls:.1f} %)"
