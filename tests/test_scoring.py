@@ -303,3 +303,16 @@ def test_hits_are_those_of_each_query_and_survive_a_json_file():
     assert hits[:, 0].tolist() == [1, 1, 0, 0] and hits[:, 1].tolist() == [1, 1, 1, 1]
     uneven = torch.tensor([0.0, 0.25, 1 / 3, 1.0])
     assert scoring.unpack(scoring.pack(uneven)).tolist() == [0, 0.25, 0.33, 1]
+
+
+def test_the_fitted_probe_is_a_differentiable_function_with_its_decay():
+    x, y, test_x, _ = noisy_classes(300, 20, classes=4, spread=0.5)
+    probe, l2 = scoring.fit_probe(x, y, 6)                      # two classes without an image
+    assert l2 in scoring.L2_GRID and probe(test_x).shape == (20, 6)
+    assert scoring.fit_probe(x, y, 6, (1e-2,))[1] == 1e-2
+    test_x.requires_grad_(True)
+    loss = torch.nn.functional.cross_entropy(probe(test_x), torch.zeros(20).long())
+    step = torch.autograd.grad(loss, test_x)[0]
+    with torch.no_grad():
+        worse = torch.nn.functional.cross_entropy(probe(test_x + 0.1 * step), torch.zeros(20).long())
+    assert worse > loss
