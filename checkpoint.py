@@ -50,6 +50,13 @@ def write_json(path, values):
     write(path, lambda part: part.write_text(json.dumps(values, indent=1) + "\n"))
 
 
+def check_folder(path):
+    """Raises FileNotFoundError where --json's file cannot be written later; path: a Path or None.
+    """
+    if path and not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {path}: its folder does not exist; make it first")
+
+
 def previous(path):
     """RUN/ckpt.pt -> RUN/ckpt.prev.pt"""
     return path.with_suffix(".prev.pt")
@@ -178,8 +185,10 @@ def restore(trainer, state):
 
 def load_model(path, device="cpu"):
     """RUN/ckpt.pt of train.py -> (config, teacher, student), both frozen and in eval mode on
-    `device`. Raises FileNotFoundError, or ValueError for a damaged or foreign file, or one of
-    another version of this code."""
+    `device`. Raises FileNotFoundError, or ValueError for a damaged or foreign file, one of another
+    version of this code, or a GPU that PyTorch does not find."""
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
     state = teachers.read_weights(path)
     if not {"config", "teacher", "student"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py (a teacher's weights: --teacher)")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model, write_json
+from checkpoint import check_folder, load_model, write_json
 from data import GALLERY, evaluation_problem, image_count, load, normalize
 from flags import HelpFormatter
 from precision import NAMES, autocast, resolve
@@ -284,10 +284,7 @@ def main():
         given = {k: v for k, v in vars(args).items() if k in own}
         if min([args.batch_size, *(n for n in given.values() if isinstance(n, int))]) < 1:
             raise ValueError("--batch-size, --train-images and --test-images must be at least 1")
-        if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
+        check_folder(args.json)
         config, teacher, student = load_model(args.checkpoint, args.device)
         results = evaluate(teacher, student, config | given, args.soft, args.probe_on,
                            args.batch_size,

@@ -190,11 +190,11 @@ def fit_probe(x, y, classes, grid=L2_GRID, iterations=25, seed=0):
     return lambda x: F.linear((x.float() - mean)[:, varies] / std[varies] @ axes, *model), l2
 
 
-def linear_probe(train_x, train_y, test_x, test_y):
-    """`fit_probe` to the train part, scored once on the test part: (top1, top5) in percent. Raises
-    ValueError as `knn_accuracies` does."""
+def linear_probe(train_x, train_y, test_x, test_y, **options):
+    """`fit_probe` to the train part, with its options, scored once on the test part: (top1, top5)
+    in percent. Raises ValueError as `knn_accuracies` does."""
     train_y, test_y, classes = checked_classes(train_x, train_y, test_x, test_y)
-    scores = fit_probe(train_x, train_y, classes)[0](test_x)                        # (m, C)
+    scores = fit_probe(train_x, train_y, classes, **options)[0](test_x)             # (m, C)
     return tuple(100 * expected_hits(scores, test_y, m).mean().item() for m in (1, 5))
 
 

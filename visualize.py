@@ -371,8 +371,6 @@ def main(argv=None):
     if bool(args.curves) == bool(args.checkpoint) or min(args.count, args.limit) < 1:
         parser.error("give a checkpoint, or --curves RUN ...; --count and --limit are at least 1")
     try:
-        if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
         if args.curves:
             out = Path(args.out)
             print(curves(args.curves, out if out.suffix == ".png" else out / "curves.png"))

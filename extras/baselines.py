@@ -32,7 +32,7 @@ import flags
 import precision
 import stable
 import teachers
-from extras.probe_teacher import check_folder, features
+from extras.probe_teacher import features
 from progress import Progress
 
 POINTS_PER_CENTROID = 256       # k-means is fitted to at most this many: faiss's default
@@ -137,7 +137,7 @@ def score(args, sets):
 
 
 def run(args):
-    check_folder(args.json)
+    checkpoint.check_folder(args.json)
     if args.length < 1 or args.beam < 1 or args.vocab < 2:
         raise ValueError("--length and --beam must be at least 1, --vocab at least 2")
     args.precision = precision.resolve(args.device, args.precision)

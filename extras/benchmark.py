@@ -36,7 +36,6 @@ import losses
 import precision
 import teachers
 import train
-from extras.probe_teacher import check_folder
 from progress import Progress
 
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}                  # of the large matrix product
@@ -288,7 +287,7 @@ def parse(argv=None):
 
 def run(own, args):
     """The flags of `parse` -> the figures as in the JSON file. Raises ValueError or OSError."""
-    check_folder(own.json)
+    checkpoint.check_folder(own.json)
     if own.steps < 1:
         raise ValueError(f"--steps must be 1 or more, not {own.steps}")
     trainer = build(args)

@@ -195,8 +195,6 @@ def run(args):
     if not args.checkpoint or not args.out or not (args.folder or args.retrieve):
         raise ValueError("give a checkpoint, FOLDER or --retrieve IMAGE, and -o FILE; or "
                          "--statistics FILE")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
     symbolizer = hubconf.symbolizer(args.checkpoint, args.device)
     if args.folder:
         describe_folder(symbolizer, args.folder, args.out, args.batch_size, args.attention)

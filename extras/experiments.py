@@ -14,7 +14,6 @@ fails does not stop the others. extras/tables.py defines what the tables show.
 import argparse
 import fnmatch
 import itertools
-import json
 import os
 import re
 import shutil

@@ -98,10 +98,7 @@ def main(p, argv, measure, report):
     try:
         if min(args.train_images or 2, args.test_images or 2) < 2:
             raise ValueError("--train-images and --test-images must be at least 2")
-        if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
+        checkpoint.check_folder(args.json)
         model = checkpoint.load_model(args.checkpoint, args.device)
         config = model[0] | {"train_images": args.train_images, "test_images": args.test_images}
         config["data"] = args.data or config["data"]

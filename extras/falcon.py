@@ -22,7 +22,6 @@ of the product of both maps. Words are learned on training images; P(word | T) a
 measured on test images. Control: the same with the images' words permuted. Class names make the
 report supervised, and words are correlates, not causes.
 """
-import json
 from pathlib import Path
 
 import torch

@@ -346,10 +346,7 @@ def run(args):
             or not 0 < args.occluded_share < 1):
         raise ValueError("--images and --perturbed must be at least 2, --permutations at least 1, "
                          "and --occluded-share between 0 and 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: its folder does not exist; make it first")
+    checkpoint.check_folder(args.json)
     config, teacher, student = checkpoint.load_model(args.checkpoint, args.device)
     name, size = args.data or config["data"], config["image_size"]
     image_set = data.load(name, "test", size, args.images, config["seed"])

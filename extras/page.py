@@ -311,8 +311,6 @@ def build(code, run, source, metrics=None, symbols=64):
 def run(args):
     if args.images < 1 or args.symbols < 0:
         raise ValueError("--images must be at least 1, --symbols at least 0")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no GPU; use --device cpu")
     config, teacher, student = checkpoint.load_model(args.checkpoint, args.device)
     concepts = args.concepts and read_concepts(args.concepts, config["vocab"])
     folder, size = args.checkpoint.parent, config["image_size"]

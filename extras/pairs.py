@@ -26,7 +26,6 @@ import evaluate
 import flags
 import scoring
 import shapes
-from extras.probe_teacher import check_folder
 
 RELATIONS = ["left", "right", "above", "below"]
 STEPS = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])       # of the first object, in x and y
@@ -106,7 +105,7 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
     try:
-        check_folder(args.json)
+        checkpoint.check_folder(args.json)
         figures = order_test(args.checkpoint, args.device)
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.regions: {error}") from None

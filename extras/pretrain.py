@@ -27,7 +27,6 @@ import torch
 import checkpoint
 import data
 import distributed
-import evaluate
 import flags
 import losses
 import precision

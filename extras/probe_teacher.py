@@ -42,12 +42,6 @@ def features(teacher, images, args, select=lambda z_t: z_t[:, 0], batch_size=250
                       for z_t in counted("teacher's tokens, images", len(images), batches)])
 
 
-def check_folder(path):
-    """Raises FileNotFoundError where a file cannot be written later; path: a Path or None."""
-    if path and not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {path}: its folder does not exist; make it first")
-
-
 def probe(train, test, sets):
     """Features (n, d) and (m, d) of the two sets -> {factor: figures in %}."""
     figures = {}
@@ -133,7 +127,7 @@ def probe_scenes(train, test, sets):
 
 
 def run(args):
-    check_folder(args.json)
+    checkpoint.check_folder(args.json)
     teacher = teachers.load_teacher(args.teacher).to(args.device)
     args.image_size, args.seed = args.image_size or teacher.image_size, 0
     sets = evaluate.load_splits(vars(args))

@@ -19,7 +19,6 @@ import data
 import evaluate
 import flags
 import scoring
-from extras.probe_teacher import check_folder
 
 CORRUPTIONS = {
     "clean": lambda x: x,
@@ -60,7 +59,7 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
     try:
-        check_folder(args.json)
+        checkpoint.check_folder(args.json)
         figures = robustness(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"extras.robustness: {error}") from None

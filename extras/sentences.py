@@ -23,7 +23,6 @@ import checkpoint
 import data
 import flags
 from extras import measures, objects
-from extras.probe_teacher import check_folder
 from scenes import FACTORS
 from visualize import CHIP, GAP, MARGIN, Sheet, chip_colours, draw_chip
 
@@ -167,7 +166,7 @@ def figure(images, ids, phrases, path):
 
 
 def run(args):
-    check_folder(args.json)
+    checkpoint.check_folder(args.json)
     config, teacher, student = checkpoint.load_model(args.checkpoint, args.device)
     if config["data"] != "scenes":
         raise ValueError(f"{args.checkpoint} is of {config['data']}; sentences need scenes")

@@ -28,7 +28,6 @@ import losses
 import precision
 import teachers
 from extras import objects
-from extras.probe_teacher import check_folder
 from progress import Progress
 from train import CLIP
 
@@ -166,7 +165,7 @@ def score(assign, tokens, images):
 
 
 def run(args):
-    check_folder(args.json)
+    checkpoint.check_folder(args.json)
     args.precision = precision.resolve(args.device, args.precision)
     teacher = teachers.load_teacher(args.teacher).to(args.device)
     torch.manual_seed(args.seed)
