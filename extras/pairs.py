@@ -11,8 +11,8 @@ a data set and has the commands that train on it.
 The swapped-order test exchanges the places of the two objects of a test image. A linear probe of
 z_s, fitted to training images, should find an image's relation more likely than the exchanged one
 (`order`, chance 50 %), and that in both images of a pair (`order_of_both`, chance 25 %). It is the
-drawn counterpart of COCO-Order in Kalibhat, dissertation, chapter 6. The same of the CLS bounds
-what can be expected: z_s is trained to match the CLS, and not to have what the CLS lacks.
+drawn counterpart of COCO-Order in Kalibhat, dissertation, chapter 6. The same figures of the CLS
+are the reference, because z_s is trained to match it, and not to have what the CLS lacks.
 """
 import argparse
 from pathlib import Path

@@ -42,7 +42,7 @@ def symbol_map(ids, labels, vocab, classes, smoothing=1.0):
     counts = torch.stack([column.bincount(minlength=vocab * classes) for column in cells.T])
     counts = counts.view(-1, vocab, classes).double()
     smooth = counts + smoothing
-    marginal = smooth.sum(2)            # of the same table: an unseen symbol has a LIFT of 0
+    marginal = smooth.sum(2)            # of the same table: unseen symbols have no LIFT
     return {"symbol": (smooth / smooth.sum(1, keepdim=True)).log(),
             "class": (smooth / smooth.sum(2, keepdim=True)).log(),
             "marginal": (marginal / marginal.sum(1, keepdim=True)).log()}
