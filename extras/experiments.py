@@ -71,8 +71,8 @@ TABLES = {
         f"paper-{disc}-128{tail}": flags for disc in DISCS for tail, flags in {
             "": "",
             "-long": "--epochs 10"}.items()} | {
-        "stable-gumbel-128": "",
-        "stable-gumbel-128-long": "--epochs 20"},
+        "stable-gumbel-512": "",
+        "stable-gumbel-512-long": "--epochs 20"},
     # -space: of the CLS in the space of the student of that seed, which must have been trained
     "baselines of equal bits": {
         f"{method}-{vocab}{tail}": flags for vocab in VOCABS for method, tail, flags in (
