@@ -3,6 +3,7 @@
     python -m extras.baselines --vocab 128 --json results/shapes-kmeans-128-s0.json
     python -m extras.baselines --checkpoint runs/RUN/ckpt.pt          # of the CLS in its own space
     python -m extras.baselines --checkpoint runs/RUN/ckpt.pt --beam 8
+    python -m extras.baselines --checkpoint runs/RUN/ckpt.pt --beam 8 --learned
 
     r_0 = x,   s_n = argmin_k |r_(n-1) - c_k^(n)|^2,   r_n = r_(n-1) - c_(s_n)^(n)
 
@@ -12,6 +13,10 @@ the n log2 K bits of a student's prefix of n symbols. --beam B keeps the B best 
 at every stage instead of the best one, and fits the next stage to the residuals of all of them
 (multi-path encoding, Liu et al. 2015; faiss's ResidualQuantizer). The best code of n symbols then
 need not be the start of the best one of 8, as it is for a student, so a beam is the harder rival.
+
+--learned has the run's own codebooks instead of k-means, and its z_s instead of the sum: the same
+search for the codewords whose sum is nearest to the CLS, which the decoder predicts and does not
+search for. So it is the student with a search at inference, and it sees the CLS itself.
 
 x is the teacher's raw CLS, or, with --checkpoint, the CLS in that student's own space,
 student.preprocess(z_t)[:, 0]. Images, k-NN and linear probe are those of evaluate.py. Relative
@@ -24,6 +29,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import data
@@ -78,11 +84,21 @@ def decode(codes, codebooks):
     return sum(centroids[ids] for centroids, ids in zip(codebooks, codes.T))
 
 
+def start(x):
+    """x (n, d) -> (residuals (n, 1, d), codes (n, 1, 0)) before the first stage."""
+    return x[:, None], torch.empty(len(x), 1, 0, dtype=torch.long, device=x.device)
+
+
+def stage(part, centroids, beam):
+    """`extend` of all images, CHUNK of them at a time."""
+    chunks = [extend(*chunk, centroids, beam) for chunk in zip(*(x.split(CHUNK) for x in part))]
+    return [torch.cat(x) for x in zip(*chunks)]
+
+
 def residual_kmeans(train, test, vocab, stages, beam=1):
     """train (n, d), test (m, d) -> for 1, 2, ... `stages` symbols: (reconstruction of train, of
     test, codes of test (m, symbols)). The centroids are fitted to train alone."""
-    parts = [(x[:, None], torch.empty(len(x), 1, 0, dtype=torch.long, device=x.device))
-             for x in (train, test)]
+    parts = [start(x) for x in (train, test)]
     codebooks, points = [], max(len(train), POINTS_PER_CENTROID * vocab)
     with Progress("residual k-means, stages", stages) as progress:
         for _ in range(stages):
@@ -90,13 +106,40 @@ def residual_kmeans(train, test, vocab, stages, beam=1):
             if len(residuals) > points:
                 residuals = residuals[torch.randperm(len(residuals))[:points].to(train.device)]
             codebooks.append(stable.kmeans(residuals, vocab))
-            for i, part in enumerate(parts):
-                chunks = [extend(*chunk, codebooks[-1], beam)
-                          for chunk in zip(*(x.split(CHUNK) for x in part))]
-                parts[i] = [torch.cat(x) for x in zip(*chunks)]
+            parts = [stage(part, codebooks[-1], beam) for part in parts]
             progress.update()
             best = [codes[:, 0] for _, codes in parts]
             yield decode(best[0], codebooks), decode(best[1], codebooks), best[1]
+
+
+@torch.no_grad()
+def student_features(student, codes):
+    """codes (n, t), t a prefix's length -> z_s of that prefix (n, d), equal for equal codes."""
+    ids = F.pad(codes, (0, len(student.disc) - codes.shape[1]))     # prefixes do not see the rest
+    z = torch.cat([student.interpret(student.embed(x))[:, student.lengths.index(codes.shape[1])]
+                   for x in ids.split(CHUNK)])
+    return evaluate.one_feature_per_code(z.cpu(), codes.cpu()).to(z)
+
+
+def learned_codes(student, train, test, beam=1):
+    """As residual_kmeans, with the codebooks and the z_s of a student of recipe `stable`; both
+    features are None for numbers of symbols that are no prefix's."""
+    parts = [start(x) for x in (train, test)]
+    for n, disc in enumerate(student.disc, 1):
+        parts = [stage(part, disc.codebook.detach(), beam) for part in parts]
+        best = [codes[:, 0] for _, codes in parts]
+        z = [student_features(student, codes) if n in student.lengths else None for codes in best]
+        yield *z, best[1]
+
+
+def load_searchable(args):
+    """The student of --checkpoint. Raises ValueError where its symbols are not codewords of the
+    CLS's residuals, one codebook for each position."""
+    config, _, student = checkpoint.load_model(args.checkpoint, args.device)
+    if config["recipe"] != "stable" or config["attention"] != "free":
+        raise ValueError("--learned needs a run of --recipe stable with --attention free")
+    args.disc = config["disc"]
+    return student
 
 
 def cls_features(args, sets):
@@ -118,7 +161,9 @@ def score(args, sets):
     labels = [s.labels.to(args.device) for s in sets]
     inputs = {name: [x.to(args.device) for x in parts]
               for name, parts in cls_features(args, sets).items()}
-    codes, stages = {}, residual_kmeans(*[*inputs.values()][-1], args.vocab, args.length, args.beam)
+    x, codes = [*inputs.values()][-1], {}
+    stages = (learned_codes(load_searchable(args), *x, args.beam) if args.learned
+              else residual_kmeans(*x, args.vocab, args.length, args.beam))
     for n, (train, test, ids) in enumerate(stages, 1):
         if n & (n - 1) == 0:                                    # the student's prefixes
             inputs[str(n)], codes[str(n)] = (train, test), ids
@@ -140,6 +185,8 @@ def run(args):
     checkpoint.check_folder(args.json)
     if args.length < 1 or args.beam < 1 or args.vocab < 2:
         raise ValueError("--length and --beam must be at least 1, --vocab at least 2")
+    if args.learned and not args.checkpoint:
+        raise ValueError("--learned needs --checkpoint, the run whose codebooks it searches")
     args.precision = precision.resolve(args.device, args.precision)
     start = time.time()
     torch.manual_seed(args.seed)
@@ -165,6 +212,8 @@ def parse(argv=None):
              "length and vocabulary are then those of the run where no flag sets them")
     add("--beam", type=int, default=1,
         help="codes that are kept for each image at every stage; 1 is greedy, faiss's default is 5")
+    add("--learned", action="store_true",
+        help="the learned codebooks of --checkpoint instead of k-means; its vocabulary and length")
     add("--json", type=Path, help="also write the figures there")
     path = p.parse_known_args(argv)[0].checkpoint
     if path:

@@ -81,6 +81,11 @@ TABLES = {
             ("kmeans", "-space", "--checkpoint {student}"),
             ("kmeans", "-space-beam", "--checkpoint {student} --beam 8"),
             ("vqvae", "", ""))},
+    # The learned codebooks, searched as those of k-means are
+    "beam search at inference": {
+        f"{BEST}-{vocab}{tail}": flags for vocab in VOCABS for tail, flags in {
+            "": "",
+            "-beam": "--checkpoint {student} --beam 8 --learned"}.items()},
 }
 
 
@@ -93,11 +98,11 @@ def base_of(name):
 def command(data, name, flags):
     """What follows `python`; {seed} is left open. In float32, which all machines have."""
     recipe, disc, vocab = base_of(name).split("-")
-    if name.startswith(RECIPES):
+    if name.startswith(RECIPES) and not name.endswith("-beam"):
         own = f"train.py --recipe {recipe} --disc {disc} --vocab {vocab} {BUDGET[recipe]} {flags} "
         own += SPACE[data] if recipe == "stable" else ""
     else:
-        module = "baselines" if name.startswith("kmeans") else "vqvae"
+        module = "vqvae" if name.startswith("vqvae") else "baselines"
         student = f"runs/{data}/{base_of(name)}-s{{seed}}/ckpt.pt"
         own = f"-m extras.{module} --vocab {vocab} {flags.replace('{student}', student)}"
     return " ".join(f"{own} {DATA[data]} --precision float32".split())
@@ -186,14 +191,23 @@ number are of 8 symbols. ± is the standard deviation over seeds, [ ] a 95 % int
 
 
 def pairs():
-    """Yields what is compared: rows of Table 1 that differ in one thing, all others with theirs."""
+    """Yields what is compared: rows of Table 1 that differ in one thing, all others with theirs,
+    and `rivals`."""
     table1, *others = TABLES.values()
     for b, a in itertools.combinations(table1, 2):
         if sum(x != y for x, y in zip(a.split("-"), b.split("-"))) == 1:
             yield a, b
     for name in itertools.chain(*others):
-        if base_of(name) != name:
-            yield (name, base_of(name)) if name.startswith(RECIPES) else (base_of(name), name)
+        if name.startswith(RECIPES) and base_of(name) != name:
+            yield name, base_of(name)
+    yield from rivals()
+
+
+def rivals():
+    """Yields the student, without and with a search at inference, with each baseline."""
+    for tail in ("", "-beam"):
+        for name in TABLES["baselines of equal bits"]:
+            yield f"{base_of(name)}{tail}", name
 
 
 def sections(rows):
@@ -207,8 +221,7 @@ def sections(rows):
             texts[f"{label}: {title}"] = tables.accuracy_table(
                 part, {name: name for name in table}, tables.COLUMNS)
         texts[f"{label}: paired differences"] = tables.paired_table(part, [*pairs()])
-        texts[f"{label}: against baselines of equal bits"] = tables.ahead_table(
-            part, [(base_of(name), name) for name in TABLES["baselines of equal bits"]])
+        texts[f"{label}: against baselines of equal bits"] = tables.ahead_table(part, [*rivals()])
         machines = Counter(f"{r['hardware']}, {r['precision']}" for r in part if r["symbols"] == 8)
         texts[f"{label}: hardware"] = "".join(f"- {n} runs: {x}\n" for x, n in machines.items())
     return texts | {"Speed of a training step": tables.speed_table(RESULTS)}
@@ -222,8 +235,8 @@ def readme_table(rows):
         f"{label}, {vocab}": f"{name.replace('*', str(vocab))}" for vocab in vocabs
         for label, name in (
             ("residual k-means in the space", "kmeans-*-space"), ("VQ-VAE", "vqvae-*"),
-            *((f"`{recipe}`, {disc}", f"{recipe}-{disc}-*")
-              for recipe in RECIPES for disc in DISCS))}
+            *((f"`{recipe}`, {disc}", f"{recipe}-{disc}-*") for recipe in RECIPES for disc in DISCS
+              if recipe == "stable" or vocab == vocabs[0]))}
     parts = {data: [r for r in rows if r["data"] == data] for data in DATA}
     return tables.side_by_side(parts, names)
 

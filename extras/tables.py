@@ -47,7 +47,9 @@ def read_run(path):
     else:
         config, hardware, seconds = (results[key] for key in ("config", "hardware", "seconds"))
         suffix = "-space" * bool(config["checkpoint"]) + "-beam" * (config["beam"] > 1)
-        config |= {"method": f"residual-kmeans{suffix}"}
+        learned = config.get("learned")         # else k-means
+        config |= {"method": config["disc"] + "-beam" if learned else f"residual-kmeans{suffix}",
+                   "recipe": "stable" if learned else None}
         figures = {n: row for n, row in results.items() if n.isdigit()}
     figures["cls"] = results["teacher"] | {"retention_raw": 1.0}
     facts = {key: config.get(key) for key in ("recipe", "explore", "precision")}

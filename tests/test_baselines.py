@@ -137,6 +137,44 @@ def test_the_file_has_every_prefix_in_the_students_space(run_dir, beam):
     assert torch.allclose(space, expected, atol=1e-4) and not math.isclose(space.std(), 0)
 
 
+@torch.no_grad()
+def test_learned_codebooks_are_searched_and_interpreted(run_dir):
+    """A beam of all 16 codes of two symbols finds the nearest sum; its feature is the student's z_s
+    of these symbols, whatever follows them."""
+    args = baselines.parse(["--checkpoint", str(run_dir / "ckpt.pt"), "--device", "cpu",
+                            "--learned", "--beam", "16", "--json", str(run_dir / "x.json")])
+    _, _, student = checkpoint.load_model(args.checkpoint)
+    train, test = torch.randn(2000, 64), torch.randn(1100, 64)      # more than one chunk
+    found = [*baselines.learned_codes(student, train, test, 16)]
+    assert [z is None for z, _, _ in found] == [False, False, True, False]
+    _, z, codes = found[1]
+    every = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    sums = decode(every, [disc.codebook for disc in student.disc])
+    assert torch.equal(codes, every[torch.cdist(test, sums).argmin(1)])
+    after = torch.randint(4, (1100, 2))
+    expected = student.interpret(student.embed(torch.cat([codes, after], 1)))[:, 1]
+    assert torch.allclose(z, expected, atol=1e-4)
+    assert len(z.unique(dim=0)) == len(codes.unique(dim=0))
+
+    baselines.run(args)
+    rows = json.loads((run_dir / "x.json").read_text())
+    assert list(rows)[3:] == ["teacher", "teacher_space", "1", "2", "4"]
+    assert rows["config"]["disc"] == "softmax" and rows["config"]["learned"] is True
+
+
+@pytest.mark.parametrize("change", [["--recipe", "paper"], ["--attention", "own", "--disc", "vq"]])
+def test_learned_needs_a_codebook_for_each_position(run_dir, change):
+    args = flags.parse(["--teacher", str(run_dir / "teacher.pt"), "--image-size", "8", "--vocab",
+                        "4", "--length", "4", "--prototypes", "8", *change])
+    student = checkpoint.STUDENTS[args.recipe](args, 64)
+    state = checkpoint.load(run_dir / "ckpt.pt")
+    checkpoint.save(run_dir / "ckpt.pt", state | {"config": checkpoint.config_of(args),
+                                                  "student": student.state_dict()})
+    args = baselines.parse(["--checkpoint", str(run_dir / "ckpt.pt"), "--device", "cpu"])
+    with pytest.raises(ValueError, match="recipe stable with --attention free"):
+        baselines.load_searchable(args)
+
+
 def test_without_a_checkpoint_it_is_the_raw_cls(run_dir):
     flags = ["--teacher", str(run_dir / "teacher.pt"), "--image-size", "8", "--vocab", "4",
              "--length", "2", "--seed", "3", "--train-images", "80", "--test-images", "40"]
@@ -148,7 +186,8 @@ def test_without_a_checkpoint_it_is_the_raw_cls(run_dir):
 
 @pytest.mark.parametrize("flags, words", [
     (["--json", "no/such/x.json"], "does not exist; make it first"),
-    (["--beam", "0"], "must be at least 1"), (["--checkpoint", "no.pt"], "no file no.pt")])
+    (["--beam", "0"], "must be at least 1"), (["--checkpoint", "no.pt"], "no file no.pt"),
+    (["--learned"], "--learned needs --checkpoint")])
 def test_what_cannot_be_is_one_line_before_anything_is_computed(monkeypatch, flags, words):
     monkeypatch.setattr("sys.argv", ["baselines", *flags])
     monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("loaded"))

@@ -76,6 +76,9 @@ def test_table_1_and_2_are_the_papers():
     assert experiments.EXPERIMENTS["shapes/kmeans-128-space-beam"] == (
         "-m extras.baselines --vocab 128 --checkpoint "
         "runs/shapes/stable-gumbel-128-s{seed}/ckpt.pt --beam 8 --precision float32")
+    assert experiments.EXPERIMENTS["shapes/stable-gumbel-512-beam"] == (
+        "-m extras.baselines --vocab 512 --checkpoint runs/shapes/stable-gumbel-512-s{seed}/ckpt.pt"
+        " --beam 8 --learned --precision float32")
 
 
 def test_train_understands_every_command_and_each_changes_something():
@@ -96,6 +99,8 @@ def test_pairs_differ_in_one_thing():
             ("stable-softmax-128-soft", "stable-softmax-128"),
             ("paper-vq-128-long", "paper-vq-128"),
             ("stable-gumbel-256", "kmeans-256-space-beam"),
+            ("stable-gumbel-256-beam", "stable-gumbel-256"),
+            ("stable-gumbel-256-beam", "kmeans-256-space"),
             ("stable-gumbel-128", "vqvae-128")} <= set(pairs)
     assert ("stable-gumbel-256", "stable-softmax-128") not in pairs
 

@@ -61,6 +61,15 @@ def read(results):
 
 # ---- rows ----------------------------------------------------------------------------------------
 
+def test_a_searched_student_is_a_row_of_its_recipe(tmp_path):
+    (tmp_path / "shapes").mkdir()
+    plant_kmeans(tmp_path, "shapes/stable-gumbel-128-beam-s0.json", {"8": 0.95}, beam=8,
+                 checkpoint="runs/shapes/stable-gumbel-128-s0/ckpt.pt", learned=True, disc="gumbel")
+    row, = (row for row in read(tmp_path) if row["symbols"] == 8)
+    assert [row[key] for key in ("experiment", "recipe", "method", "retention_raw")] == [
+        "stable-gumbel-128-beam", "stable", "gumbel-beam", 0.95]
+
+
 def test_rows_are_one_per_run_and_number_of_symbols(planted):
     rows = read(planted)
     assert all(set(row) == set(tables.KEYS) for row in rows)
