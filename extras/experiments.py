@@ -204,10 +204,10 @@ def pairs():
 
 
 def rivals():
-    """Yields the student, without and with a search at inference, with each baseline."""
-    for tail in ("", "-beam"):
-        for name in TABLES["baselines of equal bits"]:
-            yield f"{base_of(name)}{tail}", name
+    """Yields the student with each baseline, and the searched one with those in its space."""
+    names = [*TABLES["baselines of equal bits"]]
+    yield from ((base_of(name), name) for name in names)
+    yield from ((f"{base_of(name)}-beam", name) for name in names if "-space" in name)
 
 
 def sections(rows):
@@ -229,16 +229,17 @@ def sections(rows):
 
 def readme_table(rows):
     """The table in README.md."""
-    vocabs = (min(VOCABS), max(VOCABS))
+    small, large = min(VOCABS), max(VOCABS)
     names = {"CLS of the teacher": "cls", "CLS in the student's space": "cls-space",
-             f"residual k-means of the CLS, {vocabs[0]}": f"kmeans-{vocabs[0]}"} | {
-        f"{label}, {vocab}": f"{name.replace('*', str(vocab))}" for vocab in vocabs
-        for label, name in (
-            ("residual k-means in the space", "kmeans-*-space"), ("VQ-VAE", "vqvae-*"),
-            *((f"`{recipe}`, {disc}", f"{recipe}-{disc}-*") for recipe in RECIPES for disc in DISCS
-              if recipe == "stable" or vocab == vocabs[0]))}
-    parts = {data: [r for r in rows if r["data"] == data] for data in DATA}
-    return tables.side_by_side(parts, names)
+             f"residual k-means of the CLS, {small}": f"kmeans-{small}",
+             f"VQ-VAE, {small}": f"vqvae-{small}"}
+    names |= {f"`paper`, {disc}, {small}": f"paper-{disc}-{small}" for disc in DISCS}
+    for vocab in (small, large):
+        names[f"residual k-means in the space, {vocab}"] = f"kmeans-{vocab}-space"
+        names |= {f"`stable`, {disc}, {vocab}": f"stable-{disc}-{vocab}" for disc in DISCS}
+        names[f"`stable`, gumbel, {vocab}, beam search"] = f"{BEST}-{vocab}-beam"
+    return tables.side_by_side({data: [r for r in rows if r["data"] == data] for data in DATA},
+                               names)
 
 
 def table(write, json_path):

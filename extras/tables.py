@@ -71,8 +71,10 @@ def rows(results, data_sets):
     space of `stable`. None: not measured, or without a meaning there. perplexity: the smallest
     of the positions read."""
     seen = set()
+    own = r"stable-[a-z]+-\d+-s\d+"         # first, because its rows of the CLS have both ratios
     for data, path in ((data, path) for data in data_sets for path in sorted(
-            [*results.glob(f"{data}/*/results.json"), *results.glob(f"{data}/*-s[0-9]*.json")])):
+            [*results.glob(f"{data}/*/results.json"), *results.glob(f"{data}/*-s[0-9]*.json")],
+            key=lambda path: (not re.fullmatch(own, path.parent.name), path))):
         run = path.parent.name if path.name == "results.json" else path.stem
         facts, figures = read_run(path)
         longest = max(filter(str.isdigit, figures), key=int)
@@ -85,8 +87,7 @@ def rows(results, data_sets):
                 yield row | facts | {
                     "experiment": re.sub(r"-s\d+$", "", run), "symbols": int(n),
                     "collapsed": collapsed, "perplexity": min(row["perplexity"])}
-            elif (data, n, row["seed"]) not in seen and (
-                    n == "cls" or re.fullmatch(r"stable-[a-z]+-\d+-s\d+", run)):
+            elif (data, n, row["seed"]) not in seen and (n == "cls" or re.fullmatch(own, run)):
                 seen.add((data, n, row["seed"]))
                 yield row | {"experiment": n, "method": n}
 
