@@ -138,7 +138,7 @@ def load_searchable(args):
     config, _, student = checkpoint.load_model(args.checkpoint, args.device)
     if config["recipe"] != "stable" or config["attention"] != "free":
         raise ValueError("--learned needs a run of --recipe stable with --attention free")
-    args.disc = config["disc"]
+    args.disc, args.vocab, args.length = (config[key] for key in ("disc", "vocab", "length"))
     return student
 
 

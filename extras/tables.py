@@ -52,6 +52,8 @@ def read_run(path):
                    "recipe": "stable" if learned else None}
         figures = {n: row for n, row in results.items() if n.isdigit()}
     figures["cls"] = results["teacher"] | {"retention_raw": 1.0}
+    if space := results.get("teacher_space"):
+        figures["cls"]["retention_space"] = results["teacher"]["knn_top1"] / space["knn_top1"]
     facts = {key: config.get(key) for key in ("recipe", "explore", "precision")}
     return facts | {
         "method": config.get("method") or config["disc"], "vocab": int(config["vocab"]),
@@ -71,7 +73,7 @@ def rows(results, data_sets):
     space of `stable`. None: not measured, or without a meaning there. perplexity: the smallest
     of the positions read."""
     seen = set()
-    own = r"stable-[a-z]+-\d+-s\d+"         # first, because its rows of the CLS have both ratios
+    own = r"stable-[a-z]+-\d+-s\d+"         # first: their CLS has both ratios
     for data, path in ((data, path) for data in data_sets for path in sorted(
             [*results.glob(f"{data}/*/results.json"), *results.glob(f"{data}/*-s[0-9]*.json")],
             key=lambda path: (not re.fullmatch(own, path.parent.name), path))):

@@ -95,7 +95,7 @@ def test_a_row_of_a_run_of_k_means_and_of_the_cls(planted):
     assert (kmeans["retention_raw"], kmeans["retention_space"]) == (0.75, None)
     assert (kmeans["perplexity"], kmeans["seconds"]) == (7.0, 7.0)
     cls, space = rows["cls", None, 0], rows["cls-space", None, 0]
-    assert (cls["knn_top1"], cls["retention_raw"], cls["retention_space"]) == (80.0, 1.0, None)
+    assert (cls["knn_top1"], cls["retention_raw"], cls["retention_space"]) == (80.0, 1.0, 0.8)
     assert (space["knn_top1"], space["retention_raw"], space["retention_space"]) == (100, 1.25, 1)
     assert cls["vocab"] is cls["perplexity"] is cls["collapsed"] is None
 
