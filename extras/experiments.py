@@ -59,6 +59,12 @@ TABLES = {
             "-info": "--explore info",
             "-combined": "--explore combined",
             "-switch": "--explore switch --tau-start 2 --tau 0.12"}.items()},
+    "ablations of paper": {
+        f"paper-{disc}-128{tail}": flags for disc in DISCS for tail, flags in {
+            "": "",
+            "-teacher-0.04": "--teacher-temp 0.04 0.04",
+            "-sinkhorn": "--centering sinkhorn",
+            "-cross": "--pairing cross"}.items()},
     "ablations of stable": {
         "stable-softmax-128": "",
         "stable-softmax-128-no-whitening": "--neighbours 0 --components 0",
