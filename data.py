@@ -281,7 +281,7 @@ class Augment:
     jitter: float = 0.8
     strength: tuple = (0.4, 0.4, 0.2, 0.1)        # brightness, contrast, saturation, hue (in turns)
     grey: float = 0.2
-    blur: float = 0.5
+    blur: float = 0.55
     solarise: float = 0.1
     part = 0            # views, where the images at hand are one process's part of a batch
 

@@ -46,7 +46,7 @@ SPACE = {"shapes": "", "cifar10": "--iterations 1"}
 BUDGET = {"paper": "--epochs 1", "stable": ""}
 VOCABS = (128, 256, 512)
 RECIPES, DISCS = ("paper", "stable"), ("softmax", "gumbel", "vq")
-BEST = "stable-gumbel"      # whose space the baselines see, and which they are set against
+COMPARED = "stable-gumbel"  # whose space the baselines see, and which they are set against
 # Table -> row -> the flags beside those in its name, RECIPE-DISC-VOCAB or METHOD-VOCAB
 TABLES = {
     "discretizer and vocabulary (Table 1)": {
@@ -67,7 +67,7 @@ TABLES = {
             "-cross": "--pairing cross"}.items()},
     "ablations of stable": {
         "stable-softmax-128": "",
-        "stable-softmax-128-no-whitening": "--neighbours 0 --components 0",
+        "stable-softmax-128-no-rca": "--neighbours 0 --components 0",
         "stable-softmax-128-patches": "--memory patches",
         "stable-softmax-128-no-regression": "--regression 0",
         "stable-softmax-128-fixed-codebooks": "--codebook-lr 0",
@@ -89,7 +89,7 @@ TABLES = {
             ("vqvae", "", ""))},
     # The learned codebooks, searched as those of k-means are
     "beam search at inference": {
-        f"{BEST}-{vocab}{tail}": flags for vocab in VOCABS for tail, flags in {
+        f"{COMPARED}-{vocab}{tail}": flags for vocab in VOCABS for tail, flags in {
             "": "",
             "-beam": "--checkpoint {student} --beam 8 --learned"}.items()},
 }
@@ -98,7 +98,7 @@ TABLES = {
 def base_of(name):
     """The row of Table 1 that an experiment is compared with."""
     recipe, disc, vocab = re.fullmatch(r"(?:(paper|stable)-)?([a-z]+)-(\d+).*", name).groups()
-    return f"{recipe}-{disc}-{vocab}" if recipe else f"{BEST}-{vocab}"
+    return f"{recipe}-{disc}-{vocab}" if recipe else f"{COMPARED}-{vocab}"
 
 
 def command(data, name, flags):
@@ -243,7 +243,7 @@ def readme_table(rows):
     for vocab in (small, large):
         names[f"residual k-means in the space, {vocab}"] = f"kmeans-{vocab}-space"
         names |= {f"`stable`, {disc}, {vocab}": f"stable-{disc}-{vocab}" for disc in DISCS}
-        names[f"`stable`, gumbel, {vocab}, beam search"] = f"{BEST}-{vocab}-beam"
+        names[f"search in the codebooks of `stable`, gumbel, {vocab}"] = f"{COMPARED}-{vocab}-beam"
     return tables.side_by_side({data: [r for r in rows if r["data"] == data] for data in DATA},
                                names)
 

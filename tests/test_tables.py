@@ -23,8 +23,10 @@ def plant(results, run, config, raw, perplexity=(50.0, 40.0, 60.0, 30.0, 90.0, 9
     found = {"teacher": accuracies(80.0), "teacher_space": accuracies(100.0),
              "student": {n: accuracies(80 * r) for n, r in raw.items()}, "retention_raw": raw,
              "retention_space": {n: 0.8 * r for n, r in raw.items()}, "perplexity": perplexity,
-             "soft_minus_hard": {n: 0.5 for n in raw}, "seconds": 1.0, "bits": 56.0}
+             "soft_minus_hard": {n: 0.5 for n in raw}, "unique_codes": 0.9, "seconds": 1.0}
     log = [{"step": 5, "epoch": 1.0, "seconds": 30.0}, {"step": 9, "epoch": 2.0, "seconds": 60.0}]
+    if config.get("method") != "vqvae":                         # which has no teacher
+        log[-1] |= {"teacher_entropy": 3.0, "teacher_entropy_max": 4.0}
     (results / run).mkdir(parents=True)
     (results / run / "config.json").write_text(json.dumps(config))
     (results / run / "results.json").write_text(json.dumps(found))
@@ -88,8 +90,10 @@ def test_a_row_of_a_run_of_k_means_and_of_the_cls(planted):
         "experiment": "stable-softmax-128", "data": "shapes", "recipe": "stable",
         "method": "softmax", "explore": "base", "vocab": 128, "symbols": 2, "seed": 1,
         "retention_raw": 0.6, "retention_space": 0.48, "soft_minus_hard": 0.5, "perplexity": 40.0,
-        "collapsed": False, "steps": 9, "hardware": "x86_64 AVX2, 2 threads",
+        "unique_codes": None, "teacher_entropy": None, "collapsed": False, "steps": 9, "hardware": "x86_64 AVX2, 2 threads",
         "precision": "float32", "seconds": 60.0}            # of training, not of the evaluation
+    whole = rows["stable-softmax-128", 8, 1]
+    assert (whole["unique_codes"], whole["teacher_entropy"]) == (0.9, 0.75)
     kmeans = rows["kmeans-128", 8, 0]
     assert (kmeans["recipe"], kmeans["explore"], kmeans["steps"]) == (None, None, None)
     assert (kmeans["retention_raw"], kmeans["retention_space"]) == (0.75, None)
@@ -102,7 +106,7 @@ def test_a_row_of_a_run_of_k_means_and_of_the_cls(planted):
 
 def test_the_space_is_that_of_stable_as_it_is(tmp_path):
     plant(tmp_path, "shapes/paper-vq-128-s0", {"recipe": "paper"}, {"8": 0.5})
-    plant(tmp_path, "shapes/stable-softmax-128-no-whitening-s0", {}, {"8": 0.5})
+    plant(tmp_path, "shapes/stable-softmax-128-no-rca-s0", {}, {"8": 0.5})
     assert {r["experiment"] for r in read(tmp_path) if r["symbols"] is None} == {"cls"}
 
 
@@ -146,11 +150,11 @@ def test_a_line_of_the_accuracy_table_by_hand(planted):
         "| ours | 2 | 9 | 68.0 ± 5.7 | 69.0 ± 5.7 "
         "| 0.500 ± 0.000 | 0.600 ± 0.000 | 0.700 ± 0.000 | 0.850 ± 0.071 "
         "| 0.400 ± 0.000 | 0.480 ± 0.000 | 0.560 ± 0.000 | 0.680 ± 0.057 "
-        "| 0.5 ± 0.0 | 20 ± 0 | 0 of 2 |")
+        "| 0.5 ± 0.0 | 20 ± 0 | 0.900 ± 0.000 | 0.750 ± 0.000 | 0 of 2 |")
     assert vqvae == ("| VQ-VAE | 1 | 9 | 20.0 | 21.0 | - | - | - | 0.250 | - | - | - | 0.200 "
-                     "| 0.5 | 20 | 0 of 1 |")
+                     "| 0.5 | 20 | 0.900 | - | 0 of 1 |")
     assert cls == ("| CLS | 2 | - | 100.0 ± 0.0 | 101.0 ± 0.0 | - | - | - | 1.250 ± 0.000 "
-                   "| - | - | - | 1.000 ± 0.000 | - | - | - |")
+                   "| - | - | - | 1.000 ± 0.000 | - | - | - | - | - |")
 
 
 def test_a_line_of_the_paired_table_by_hand(planted):
