@@ -76,7 +76,8 @@ TABLES = {
     "ten times the training": {
         f"paper-{disc}-128{tail}": flags for disc in DISCS for tail, flags in {
             "": "",
-            "-long": "--epochs 10"}.items()} | {
+            "-long": "--epochs 10",
+            "-long-teacher-0.04": "--epochs 10 --teacher-temp 0.04 0.04"}.items()} | {
         "stable-gumbel-512": "",
         "stable-gumbel-512-long": "--epochs 20"},
     # -space: of the CLS in the space of the student of that seed, which must have been trained
