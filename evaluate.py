@@ -1,8 +1,8 @@
 """Accuracy of a few symbols beside the teacher's: k-NN, linear probe, collapse figures.
 
-    python evaluate.py runs/shapes/ckpt.pt
-    python evaluate.py runs/shapes/ckpt.pt --json results/shapes.json --probe-on both
-    python evaluate.py runs/shapes/ckpt.pt --data cifar10 --test-images 2000 --soft
+    python evaluate.py runs/shapes-stable-softmax-128-s0/ckpt.pt
+    python evaluate.py RUN/ckpt.pt --json results.json --probe-on both --soft
+    python evaluate.py RUN/ckpt.pt --data cifar10 --test-images 2000
 
 Every figure of the student uses hard (argmax) symbols, so a prefix of n symbols is n log2 K bits.
 Soft assignments are scored beside them, never instead (`soft_minus_hard`, --soft). The train split

@@ -8,15 +8,15 @@ what keeps the symbols from collapsing. (Our choices within `--recipe paper` are
    (`cls_pred`), and the discretizer chooses the codeword e_t for what the earlier
    codewords leave of it. Each position has its own discretizer, of any kind.
 2. Their codebooks start at residual k-means of the CLS tokens and then learn by gradient.
-3. The CLS is whitened by its covariance within images, between augmented views, and by that of
-   x - mean(kNN(x)) (RCA with k-NN chunklets), projected to its principal components and
+3. The CLS is whitened by the covariance of its difference between two views of an image, and by
+   that of x - mean(kNN(x)) (RCA with k-NN chunklets), projected to its principal components and
    L2-normalised: directions that vary between views or neighbours count less.
 4. P_S = P_T = frozen k-means prototypes of the CLS instead of an MLP and its EMA.
 5. Feature regression: z_s and cls_pred are regressed on the CLS itself, by squared error.
 6. Training is straight-through, on one un-augmented view per image whose tokens are cached,
    without centering, at a teacher temperature of 0.1.
 
-RESULTS.md has ablations of those that have a flag.
+RESULTS.md has ablations of 2, 3, 5 and 6.
 """
 import torch
 from torch import nn

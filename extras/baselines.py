@@ -41,7 +41,8 @@ import teachers
 from extras.probe_teacher import features
 from progress import Progress
 
-POINTS_PER_CENTROID = 256       # k-means is fitted to at most this many: faiss's default
+POINTS_PER_CENTROID = 256       # k-means is fitted to this many (faiss's default), or to the
+                                # number of images, if that is more
 CHUNK = 1000                    # images whose distances are in memory at a time
 
 

@@ -58,6 +58,7 @@ TABLES = {
             "-entropy": "--explore entropy",
             "-info": "--explore info",
             "-combined": "--explore combined",
+            # To softmax and its tau, so that two things differ: the noise and the last tau
             "-switch": "--explore switch --tau-start 2 --tau 0.12"}.items()},
     "ablations of paper": {
         f"paper-{disc}-128{tail}": flags for disc in DISCS for tail, flags in {
