@@ -78,7 +78,8 @@ TABLES = {
         f"paper-{disc}-128{tail}": flags for disc in DISCS for tail, flags in {
             "": "",
             "-long": "--epochs 10",
-            "-long-teacher-0.04": "--epochs 10 --teacher-temp 0.04 0.04"}.items()} | {
+            "-long-teacher-0.04": "--epochs 10 --teacher-temp 0.04 0.04",
+            "-long-sinkhorn": "--epochs 10 --centering sinkhorn"}.items()} | {
         "stable-gumbel-512": "",
         "stable-gumbel-512-long": "--epochs 20"},
     # -space: of the CLS in the space of the student of that seed, which must have been trained
@@ -90,7 +91,7 @@ TABLES = {
             ("kmeans", "-space-beam", "--checkpoint {student} --beam 8"),
             ("vqvae", "", ""))},
     # The learned codebooks, searched as those of k-means are
-    "beam search at inference": {
+    "search in the learned codebooks": {
         f"{COMPARED}-{vocab}{tail}": flags for vocab in VOCABS for tail, flags in {
             "": "",
             "-beam": "--checkpoint {student} --beam 8 --learned"}.items()},
@@ -189,12 +190,18 @@ def run(patterns, seeds, jobs):
 
 NEW = """# Results
 
-Written by `python -m extras.experiments table --write` from the files in results/: what stands
-between two marks is replaced, what stands around them stays.
+What stands between two marks is written by `python -m extras.experiments table --write` from the
+files in results/; all other text stays as it is.
 
 raw: 1, 2, 4, 8 is the relative k-NN accuracy of 1, 2, 4, 8 symbols: k-NN top-1 divided by that of
 the raw CLS; space: divided by that of the CLS in the student's own space. Figures without a
-number are of 8 symbols. ± is the standard deviation over seeds, [ ] a 95 % interval.
+number are of 8 symbols. ± is the standard deviation over seeds. [ ] is a 95 % t-interval over
+seeds (images: a bootstrap over test images), not corrected for the number of comparisons.
+
+Rows are RECIPE-DISCRETIZER-VOCABULARY and what is changed; `python -m extras.experiments list` has
+the command of each. cls, cls-space: the teacher's CLS, raw and in the space of `stable`; kmeans:
+residual k-means of the raw CLS, with -space of the CLS in the space of `stable-gumbel` of that
+seed, with -beam by beam search of width 8.
 """
 
 
@@ -225,9 +232,11 @@ def sections(rows):
         part = [r for r in rows if r["data"] == data]
         names = {"the teacher": ["cls", "cls-space"]} | TABLES
         names["other runs"] = sorted({r["experiment"] for r in part}.difference(*names.values()))
+        found, table1 = {r["experiment"] for r in part}, {*[*TABLES.values()][0]}
         for title, table in names.items():
+            changed = {*table} - table1 or table1           # without these nothing is compared
             texts[f"{label}: {title}"] = tables.accuracy_table(
-                part, {name: name for name in table}, tables.COLUMNS)
+                part, {name: name for name in table if changed & found}, tables.COLUMNS)
         texts[f"{label}: paired differences"] = tables.paired_table(part, [*pairs()])
         texts[f"{label}: against baselines of equal bits"] = tables.ahead_table(part, [*rivals()])
         machines = Counter(f"{r['hardware']}, {r['precision']}" for r in part if r["symbols"] == 8)
