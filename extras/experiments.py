@@ -47,6 +47,7 @@ BUDGET = {"paper": "--epochs 1", "stable": ""}
 VOCABS = (128, 256, 512)
 RECIPES, DISCS = ("paper", "stable"), ("softmax", "gumbel", "vq")
 COMPARED = "stable-gumbel"  # whose space the baselines see, and which they are set against
+SEARCHES = ("-greedy", "-beam")         # of extras/baselines.py, at inference
 # Table -> row -> the flags beside those in its name, RECIPE-DISC-VOCAB or METHOD-VOCAB
 TABLES = {
     "discretizer and vocabulary (Table 1)": {
@@ -94,6 +95,7 @@ TABLES = {
     "search in the learned codebooks": {
         f"{COMPARED}-{vocab}{tail}": flags for vocab in VOCABS for tail, flags in {
             "": "",
+            "-greedy": "--checkpoint {student} --beam 1 --learned",
             "-beam": "--checkpoint {student} --beam 8 --learned"}.items()},
 }
 
@@ -107,7 +109,7 @@ def base_of(name):
 def command(data, name, flags):
     """What follows `python`; {seed} is left open. In float32, which all machines have."""
     recipe, disc, vocab = base_of(name).split("-")
-    if name.startswith(RECIPES) and not name.endswith("-beam"):
+    if name.startswith(RECIPES) and not name.endswith(SEARCHES):
         own = f"train.py --recipe {recipe} --disc {disc} --vocab {vocab} {BUDGET[recipe]} {flags} "
         own += SPACE[data] if recipe == "stable" else ""
     else:
@@ -201,7 +203,8 @@ seeds (images: a bootstrap over test images), not corrected for the number of co
 Rows are RECIPE-DISCRETIZER-VOCABULARY and what is changed; `python -m extras.experiments list` has
 the command of each. cls, cls-space: the teacher's CLS, raw and in the space of `stable`; kmeans:
 residual k-means of the raw CLS, with -space of the CLS in the space of `stable-gumbel` of that
-seed, with -beam by beam search of width 8.
+seed, with -beam by beam search of width 8. stable-gumbel with -greedy or -beam: in place of
+the decoder, a search for the student's codewords whose sum is nearest to the CLS.
 """
 
 

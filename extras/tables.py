@@ -52,10 +52,12 @@ def read_run(path):
             figures["cls-space"] = space | {"retention_raw": raw, "retention_space": 1.0}
     else:
         config, hardware, seconds = (results[key] for key in ("config", "hardware", "seconds"))
-        suffix = "-space" * bool(config["checkpoint"]) + "-beam" * (config["beam"] > 1)
-        learned = config.get("learned")         # else k-means
-        config |= {"method": config["disc"] + "-beam" if learned else f"residual-kmeans{suffix}",
-                   "recipe": "stable" if learned else None}
+        beam = "-beam" * (config["beam"] > 1)
+        if config.get("learned"):
+            config |= {"method": config["disc"] + (beam or "-greedy"), "recipe": "stable"}
+        else:
+            space = "-space" * bool(config["checkpoint"])
+            config |= {"method": f"residual-kmeans{space}{beam}", "recipe": None}
         figures = {n: row for n, row in results.items() if n.isdigit()}
     figures["cls"] = results["teacher"] | {"retention_raw": 1.0}
     if space := results.get("teacher_space"):
