@@ -47,6 +47,7 @@ BUDGET = {"paper": "--epochs 1", "stable": ""}
 VOCABS = (128, 256, 512)
 RECIPES, DISCS = ("paper", "stable"), ("softmax", "gumbel", "vq")
 COMPARED = "stable-gumbel"  # whose space the baselines see, and which they are set against
+SEARCHED = ("stable-gumbel", "stable-vq")
 SEARCHES = ("-greedy", "-beam")         # of extras/baselines.py, at inference
 # Table -> row -> the flags beside those in its name, RECIPE-DISC-VOCAB or METHOD-VOCAB
 TABLES = {
@@ -93,7 +94,8 @@ TABLES = {
             ("vqvae", "", ""))},
     # The learned codebooks, searched as those of k-means are
     "search in the learned codebooks": {
-        f"{COMPARED}-{vocab}{tail}": flags for vocab in VOCABS for tail, flags in {
+        f"{student}-{vocab}{tail}": flags for student in SEARCHED for vocab in VOCABS
+        for tail, flags in {
             "": "",
             "-greedy": "--checkpoint {student} --beam 1 --learned",
             "-beam": "--checkpoint {student} --beam 8 --learned"}.items()},
