@@ -84,13 +84,15 @@ TABLES = {
             "-long-sinkhorn": "--epochs 10 --centering sinkhorn"}.items()} | {
         "stable-gumbel-512": "",
         "stable-gumbel-512-long": "--epochs 20"},
-    # -space: of the CLS in the space of the student of that seed, which must have been trained
+    # -space: of the CLS in the space of the student of that seed, which must have been trained,
+    # of gumbel or, with -vq, of vq: their spaces differ in the views that the fit happens to draw
     "baselines of equal bits": {
         f"{method}-{vocab}{tail}": flags for vocab in VOCABS for method, tail, flags in (
             ("kmeans", "", ""),
             ("kmeans", "-beam", "--beam 8"),
             ("kmeans", "-space", "--checkpoint {student}"),
             ("kmeans", "-space-beam", "--checkpoint {student} --beam 8"),
+            ("kmeans", "-space-vq", "--checkpoint {student}"),
             ("vqvae", "", ""))},
     # The learned codebooks, searched as those of k-means are
     "search in the learned codebooks": {
@@ -105,7 +107,8 @@ TABLES = {
 def base_of(name):
     """The row of Table 1 that an experiment is compared with."""
     recipe, disc, vocab = re.fullmatch(r"(?:(paper|stable)-)?([a-z]+)-(\d+).*", name).groups()
-    return f"{recipe}-{disc}-{vocab}" if recipe else f"{COMPARED}-{vocab}"
+    student = "stable-vq" if name.endswith("-vq") else COMPARED
+    return f"{recipe}-{disc}-{vocab}" if recipe else f"{student}-{vocab}"
 
 
 def command(data, name, flags):
@@ -204,18 +207,22 @@ seeds (images: a bootstrap over test images), not corrected for the number of co
 
 Rows are RECIPE-DISCRETIZER-VOCABULARY and what is changed; `python -m extras.experiments list` has
 the command of each. cls, cls-space: the teacher's CLS, raw and in the space of `stable`; kmeans:
-residual k-means of the raw CLS, with -space of the CLS in the space of `stable-gumbel` of that
-seed, with -beam by beam search of width 8. stable-gumbel with -greedy or -beam: in place of
-the decoder, a search for the student's codewords whose sum is nearest to the CLS.
+residual k-means of the raw CLS, with -space of the CLS in the space of `stable-gumbel` (-space-vq:
+of `stable-vq`) of that seed, with -beam by beam search of width 8. stable- with -greedy or -beam:
+in place of the decoder, a search for the student's codewords whose sum is nearest to the CLS.
 """
 
 
 def pairs():
-    """Yields what is compared: rows of Table 1 that differ in one thing, all others with theirs,
-    and `rivals`."""
+    """Yields what is compared: rows of Table 1 that differ in one thing, the discretizers with one
+    change of `paper`, all other rows with theirs of Table 1, and `rivals`."""
     table1, *others = TABLES.values()
     for b, a in itertools.combinations(table1, 2):
         if sum(x != y for x, y in zip(a.split("-"), b.split("-"))) == 1:
+            yield a, b
+    for b, a in itertools.combinations(TABLES["ablations of paper"], 2):
+        disc = base_of(b).split("-")[1]
+        if a not in table1 and a == b.replace(disc, base_of(a).split("-")[1]):
             yield a, b
     for name in itertools.chain(*others):
         if name.startswith(RECIPES) and base_of(name) != name:

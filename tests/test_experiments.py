@@ -101,8 +101,12 @@ def test_pairs_differ_in_one_thing():
             ("stable-gumbel-256", "kmeans-256-space-beam"),
             ("stable-gumbel-256-beam", "stable-gumbel-256"),
             ("stable-gumbel-256-beam", "kmeans-256-space"),
+            ("stable-vq-256", "kmeans-256-space-vq"),
+            ("stable-vq-256-beam", "kmeans-256-space-vq"),
+            ("paper-gumbel-128-sinkhorn", "paper-softmax-128-sinkhorn"),
             ("stable-gumbel-128", "vqvae-128")} <= set(pairs)
     assert ("stable-gumbel-256", "stable-softmax-128") not in pairs
+    assert ("paper-gumbel-128-sinkhorn", "paper-gumbel-128-cross") not in pairs
 
 
 # ---- run -----------------------------------------------------------------------------------------
