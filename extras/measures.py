@@ -262,16 +262,21 @@ def attention_measures(attention, masks, times):
     return rows
 
 
-def object_measures(ids, attention, factors, masks, vocab, times):
-    """Of scenes: factors {name: (n, K)}, masks (n, H, W); see extras/objects.py. The chance level
-    of FG-ARI and mBO is that of the segments of other images: above 0 where maps keep to places.
-    That of binding is the figure for another object of the same image. -> as the others."""
-    segments = objects.segment(attention, masks.shape[2])
-    cover = objects.object_cover(masks, attention.shape[2])
-    rows = {name: {"measured": measure(masks, segments),
+def segment_measures(maps, masks, times):
+    """FG-ARI and mBO of the segments of maps (n, T, N), masks (n, H, W) -> as the others. Chance:
+    the segments of other images, which have more than 0 where maps keep to places."""
+    segments = objects.segment(maps, masks.shape[2])
+    return {name: {"measured": measure(masks, segments),
                    "chance": chance(lambda s, f=measure: f(masks, s), segments, times)}
             for name, measure in (("foreground_ari", objects.foreground_ari),
                                   ("mean_best_overlap", objects.best_overlap))}
+
+
+def object_measures(ids, attention, factors, masks, vocab, times):
+    """Of scenes: factors {name: (n, K)}, masks (n, H, W); see extras/objects.py. The chance level
+    of binding is the figure for another object of the same image. -> as the others."""
+    cover = objects.object_cover(masks, attention.shape[2])
+    rows = segment_measures(attention, masks, times)
     attended = objects.attended_object(attention, cover)
     rows["attends_largest"] = {
         "measured": objects.attends_largest(attended),

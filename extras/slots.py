@@ -27,7 +27,7 @@ import flags
 import losses
 import precision
 import teachers
-from extras import objects
+from extras import measures
 from progress import Progress
 from train import CLIP
 
@@ -156,12 +156,8 @@ def score(assign, tokens, images):
     {"measured", "chance"}; chance: the segments of other images."""
     maps = [assign(tokens.batch(images, index)).float().cpu()
             for index in torch.arange(len(images)).split(250)]
-    segments = objects.segment(torch.cat(maps), images.masks.shape[2])
-    shuffled = segments[torch.randperm(len(segments))]
-    return {name: {"measured": measure(images.masks, segments),
-                   "chance": measure(images.masks, shuffled)}
-            for name, measure in (("foreground_ari", objects.foreground_ari),
-                                  ("mean_best_overlap", objects.best_overlap))}
+    rows = measures.segment_measures(torch.cat(maps), images.masks, times=1)
+    return {name: {key: float(x) for key, x in row.items()} for name, row in rows.items()}
 
 
 def run(args):
