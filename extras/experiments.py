@@ -263,10 +263,11 @@ def readme_table(rows):
              f"residual k-means of the CLS, {small}": f"kmeans-{small}",
              f"VQ-VAE, {small}": f"vqvae-{small}"}
     names |= {f"`paper`, {disc}, {small}": f"paper-{disc}-{small}" for disc in DISCS}
+    names[f"`paper`, gumbel, Sinkhorn-Knopp, {small}"] = f"paper-gumbel-{small}-sinkhorn"
     for vocab in (small, large):
         names[f"residual k-means in the space, {vocab}"] = f"kmeans-{vocab}-space"
         names |= {f"`stable`, {disc}, {vocab}": f"stable-{disc}-{vocab}" for disc in DISCS}
-        names[f"search in the codebooks of `stable`, gumbel, {vocab}"] = f"{COMPARED}-{vocab}-beam"
+        names[f"search in the codebooks of `stable`, vq, {vocab}"] = f"stable-vq-{vocab}-beam"
     return tables.side_by_side({data: [r for r in rows if r["data"] == data] for data in DATA},
                                names)
 
