@@ -93,6 +93,7 @@ TABLES = {
             ("kmeans", "-space", "--checkpoint {student}"),
             ("kmeans", "-space-beam", "--checkpoint {student} --beam 8"),
             ("kmeans", "-space-vq", "--checkpoint {student}"),
+            ("kmeans", "-space-vq-beam", "--checkpoint {student} --beam 8"),
             ("vqvae", "", ""))},
     # The learned codebooks, searched as those of k-means are
     "search in the learned codebooks": {
@@ -107,7 +108,7 @@ TABLES = {
 def base_of(name):
     """The row of Table 1 that an experiment is compared with."""
     recipe, disc, vocab = re.fullmatch(r"(?:(paper|stable)-)?([a-z]+)-(\d+).*", name).groups()
-    student = "stable-vq" if name.endswith("-vq") else COMPARED
+    student = "stable-vq" if "-space-vq" in name else COMPARED
     return f"{recipe}-{disc}-{vocab}" if recipe else f"{student}-{vocab}"
 
 
