@@ -66,8 +66,7 @@ TABLES = {
         f"paper-{disc}-128{tail}": flags for disc in DISCS for tail, flags in {
             "": "",
             "-teacher-0.04": "--teacher-temp 0.04 0.04",
-            "-sinkhorn": "--centering sinkhorn",
-            "-cross": "--pairing cross"}.items()},
+            "-sinkhorn": "--centering sinkhorn"}.items()},
     "ablations of stable": {
         "stable-softmax-128": "",
         "stable-softmax-128-no-rca": "--neighbours 0 --components 0",
@@ -210,7 +209,9 @@ Rows are RECIPE-DISCRETIZER-VOCABULARY and what is changed; `python -m extras.ex
 the command of each. cls, cls-space: the teacher's CLS, raw and in the space of `stable`; kmeans:
 residual k-means of the raw CLS, with -space of the CLS in the space of `stable-gumbel` (-space-vq:
 of `stable-vq`) of that seed, with -beam by beam search of width 8. stable- with -greedy or -beam:
-in place of the decoder, a search for the student's codewords whose sum is nearest to the CLS.
+in place of the decoder, a search for the student's codewords whose sum is nearest to the CLS. Other
+runs: -own is `--attention own`, -other-processor the same command on another processor; README.md
+has -layernorm, -batchnorm (differences from the paper) and fsq (the worked discretizer).
 """
 
 

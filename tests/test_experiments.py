@@ -106,7 +106,7 @@ def test_pairs_differ_in_one_thing():
             ("paper-gumbel-128-sinkhorn", "paper-softmax-128-sinkhorn"),
             ("stable-gumbel-128", "vqvae-128")} <= set(pairs)
     assert ("stable-gumbel-256", "stable-softmax-128") not in pairs
-    assert ("paper-gumbel-128-sinkhorn", "paper-gumbel-128-cross") not in pairs
+    assert ("paper-gumbel-128-sinkhorn", "paper-gumbel-128-teacher-0.04") not in pairs
 
 
 # ---- run -----------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def test_a_row_of_a_run_of_k_means_and_of_the_cls(planted):
         "experiment": "stable-softmax-128", "data": "shapes", "recipe": "stable",
         "method": "softmax", "explore": "base", "vocab": 128, "symbols": 2, "seed": 1,
         "retention_raw": 0.6, "retention_space": 0.48, "soft_minus_hard": 0.5, "perplexity": 40.0,
-        "unique_codes": None, "teacher_entropy": None, "collapsed": False, "steps": 9, "hardware": "x86_64 AVX2, 2 threads",
+        "unique_codes": None, "teacher_entropy": None, "collapsed": False, "steps": 9,
+        "hardware": "x86_64 AVX2, 2 threads",
         "precision": "float32", "seconds": 60.0}            # of training, not of the evaluation
     whole = rows["stable-softmax-128", 8, 1]
     assert (whole["unique_codes"], whole["teacher_entropy"]) == (0.9, 0.75)
